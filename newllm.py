@@ -1,0 +1,1601 @@
+"""New-LLM: a language model without attention, in one file you can read from top to bottom.
+
+All that the model remembers of a text is one vector of fixed size, the state. A token changes it,
+the next word is read from it, and it is handed on to the next token: a chat costs the same memory
+and the same time per token after ten tokens and after a million. Training has two phases: Phase 1
+learns the states without predicting words, Phase 2 keeps them fixed and learns to speak.
+
+    python newllm.py --small        train on ten dialogues in a minute or two, on two CPU cores
+    python chat.py                  chat with what was trained
+    python newllm.py --help         every option; each is one field of Config, just below
+    torchrun --nproc-per-node 8 newllm.py --large
+
+The letters that the code and its comments use:
+
+    B, T      dialogues in a batch, tokens in a dialogue
+    V         vocabulary: GPT-2's 50,257 tokens + two for ChatML, padded to 50,304
+    E, C, H   embed_dim, context_dim, hidden_dim
+    x         embedded, normalised tokens                  (B, T, E)
+    s         the state that goes from token to token      (B, C)
+    c         the context, LayerNorm(s): what is read      (B, C)
+"""
+import argparse
+import builtins
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import timeit
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Iterator, NamedTuple, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# 1. Configuration: the command line is made from these fields, context_dim becomes --context-dim
+# ------------------------------------------------------------------------------------------------
+
+
+def option(default, help, choices=None, least=None):
+    """A field of Config: its help gives the unit, `least` the smallest number allowed (default > 0)."""
+    return field(default=default, metadata=dict(help=help, choices=choices, least=least))
+
+
+@dataclass
+class Config:
+    """Every setting of a run. A preset changes some of the defaults, the command line any of them."""
+    # data
+    data: str = option("data/chats.jsonl", "ultrachat, a Hugging Face name, a .jsonl or a .txt file")
+    val_data: str = option("", "the same kinds; empty: the source's own, else every tenth dialogue")
+    samples: int = option(10, "dialogues to train on; 0: all", least=0)
+    val_samples: int = option(100, "dialogues to validate on, at most")
+    max_len: int = option(512, "tokens after which a dialogue is cut", least=2)
+    show_data: int = option(0, "dialogues to print, targets in another colour, and stop", least=0)
+    cache: str = option("cache", "folder of tokenised data, contexts and GPT-2's embeddings")
+    # model
+    embeddings: str = option("auto", "auto, gpt2, learned, or a .safetensors file with wte.weight")
+    embed_dim: int = option(256, "E of learned embeddings (GPT-2's have 768)")
+    num_layers: int = option(1, "hidden layers of the context block, and of the token block")
+    context_dim: int = option(128, "C, numbers in the state")
+    hidden_dim: int = option(256, "H, units of a hidden layer")
+    token_input_all_layers: bool = option(False, "feed the token to every layer, not just the first")
+    dropout: float = option(0.0, "share of the token block's units dropped in training", least=0)
+    cell: str = option("gated", "original has LayerNorm inside the loop", ("gated", "original"))
+    solver: str = option("auto", "how states are found", ("auto", "parallel", "sequential"))
+    tol: float = option(1e-5, "the solver stops when no state moves by more, in units of its own size")
+    max_sweeps: int = option(30, "sweeps after which it gives way to the token loop")
+    # Phase 1
+    iterations: int = option(40, "passes over the data; 0: contexts stay untrained", least=0)
+    min_iterations: int = option(5, "passes before Phase 1 may stop early", least=0)
+    phase1_learning_rate: float = option(2e-3, "AdamW's peak learning rate in Phase 1")
+    phase1_batch: int = option(16, "dialogues per optimizer step")
+    diversity: str = option("contrast", "what spreads contexts", ("contrast", "logdet", "norm"))
+    diversity_weight: float = option(0.9, "w, 0 to 1, in (1 - w) CVFP + w diversity", least=0)
+    negatives: int = option(1023, "wrong next tokens to tell the right one from")
+    contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
+    threshold: float = option(0.01, "a context that changes less, mean squared, has converged")
+    # Phase 2
+    epochs: int = option(40, "passes over the data")
+    learning_rate: float = option(2e-3, "AdamW's peak learning rate in Phase 2")
+    batch_tokens: int = option(2048, "tokens per optimizer step (targets, where states are cached)")
+    joint: bool = option(False, "train the context block too, through the recurrence")
+    patience: int = option(3, "epochs without a better validation loss; 0: never stop", least=0)
+    stop_after: int = option(0, "epochs after which to stop, for --resume; 0: run them all", least=0)
+    cache_gb: float = option(4.0, "GB for the states; if they do not fit, each batch's are recomputed")
+    # both phases, and the machine
+    weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
+    warmup: int = option(10, "optimizer steps of linear warm-up", least=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient")
+    seed: int = option(42, "seed of everything random", least=0)
+    device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = option("auto", "of token block and head", ("auto", "float32", "bfloat16", "float16"))
+    out: str = option("checkpoints", "folder of the checkpoints")
+    resume: bool = option(False, "go on from the last checkpoint in --out")
+    scaling: str = option("", "sizes such as 50,100,200: train a model on each, fit a power law")
+    tensorboard: str = option("", "folder for TensorBoard's logs")
+
+
+PRESETS = {
+    "small": dict(epochs=60, batch_tokens=64, learning_rate=4e-3, weight_decay=0.0, patience=0,
+                  val_samples=20),
+    "medium": dict(data="ultrachat", samples=100, num_layers=2, context_dim=256, hidden_dim=512,
+                   epochs=10, dropout=0.3),
+    "large": dict(data="ultrachat", samples=1000, num_layers=4, context_dim=512, hidden_dim=1024,
+                  epochs=10, dropout=0.3, max_len=1024, batch_tokens=8192),
+}
+MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "cache_gb",
+              "tensorboard"}  # what --resume may be given anew
+PHASE_2_ONLY = MAY_CHANGE | {"epochs", "learning_rate", "batch_tokens", "dropout", "dtype", "show_data",
+                             "scaling", "data", "val_data"}  # what Phase 1's result does not depend on
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2, no traceback."""
+
+
+def check(config: Config) -> Config:
+    """The config itself, or UserError where a value makes no sense."""
+    for f in fields(config):
+        value, flag, choices = getattr(config, f.name), flag_of(f.name), f.metadata["choices"]
+        if f.type in (int, float):
+            least = f.metadata["least"]
+            if not math.isfinite(value) or value < (least or 0) or least is None and value == 0:
+                raise UserError(f"{flag} {value}: give a number "
+                                + ("above 0" if least is None else f"of at least {least}"))
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
+    if config.dropout >= 1 or config.diversity_weight > 1:
+        raise UserError("--dropout must be below 1, --diversity-weight at most 1")
+    if config.cell == "original" and config.solver == "parallel":
+        raise UserError("--cell original has no parallel solver: LayerNorm inside the loop keeps "
+                        "errors alive, sweeps would not settle; use --solver sequential")
+    if config.scaling and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)+", config.scaling):
+        raise UserError(f"--scaling {config.scaling}: give two sizes or more, such as 50,100,200")
+    return config
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: list[str]) -> tuple[Config, dict]:
+    """The command line as a Config, and what it asks for by name (a preset's values included)."""
+    parser = argparse.ArgumentParser("newllm.py", allow_abbrev=False, description="Train New-LLM.")
+
+    def fail(message):
+        raise UserError(f"{message} (python newllm.py --help lists the options)")
+    parser.error = fail
+    presets = parser.add_mutually_exclusive_group()
+    for name, changes in PRESETS.items():
+        listed = ", ".join(f"{k} {v}" for k, v in changes.items())
+        presets.add_argument(f"--{name}", dest="preset", action="store_const", const=name,
+                             default=argparse.SUPPRESS, help=f"preset: {listed}")
+    for f in fields(Config):
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                dict(type=f.type, choices=f.metadata["choices"], metavar=f.name.upper()))
+        parser.add_argument(flag_of(f.name), default=argparse.SUPPRESS, **kind,
+                            help=f"{f.metadata['help']} (default: {f.default or 'none'})")
+    given = vars(parser.parse_args(argv))
+    preset = PRESETS[given.get("preset", "small")]
+    asked = (preset if "preset" in given else {}) | given
+    asked.pop("preset", None)
+    return check(replace(Config(), **(preset | asked))), asked
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Data: dialogues in; token ids, and a mask of the assistant's words, out
+# ------------------------------------------------------------------------------------------------
+
+IM_START, IM_END, VOCAB_USED, VOCAB = 50257, 50258, 50259, 50304
+ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", system="system")
+if Path("data/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").exists():  # the name tiktoken looks for
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path("data").resolve()))
+
+
+def cause(error: Exception) -> str:
+    """The first line of an error, short enough for ours."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
+
+
+class Tokenizer:
+    """GPT-2's byte-pair encoding (r50k_base of https://github.com/openai/tiktoken) and ChatML."""
+
+    def __init__(self):
+        import tiktoken
+        try:
+            base = tiktoken.get_encoding("r50k_base")
+        except Exception as e:  # whatever the network or the cache folder does
+            raise UserError(f"tiktoken cannot load r50k_base ({cause(e)}); go online once, or start "
+                            f"in the folder that has newllm.py's data/") from None
+        special = base._special_tokens | {"<|im_start|>": IM_START, "<|im_end|>": IM_END}
+        self.bpe = tiktoken.Encoding("r50k_chatml", pat_str=base._pat_str, special_tokens=special,
+                                     mergeable_ranks=base._mergeable_ranks)
+
+    def message(self, role: str, text: str) -> tuple[list[int], list[bool]]:
+        """<|im_start|>role⏎text<|im_end|>⏎ as ids, and which of them are targets.
+
+        encode_ordinary() knows no special tokens: typing "<|im_end|>" gives its nine characters.
+        """
+        head, tail = [IM_START] + self.bpe.encode_ordinary(role + "\n"), self.bpe.encode_ordinary("\n")
+        body, target = self.bpe.encode_ordinary(text) + [IM_END], role == "assistant"
+        return head + body + tail, [False] * len(head) + [target] * len(body) + [False] * len(tail)
+
+    def question(self, text: str) -> list[int]:
+        """A user's message, and the head of the answer that the model is to write."""
+        return self.message("user", text)[0] + [IM_START] + self.bpe.encode_ordinary("assistant\n")
+
+    def text(self, ids: list[int]) -> str:
+        return self.bpe.decode(ids, errors="replace")
+
+
+def messages_of(record: dict, where: str) -> list[tuple[str, str]]:
+    """(role, text) pairs of a record with messages (UltraChat) or conversations (ShareGPT)."""
+    turns = isinstance(record, dict) and record.get("messages", record.get("conversations"))
+    if not isinstance(turns, list):
+        raise UserError(f"{where}: no list called messages or conversations")
+    if not turns:
+        raise UserError(f"{where}: an empty dialogue")
+    pairs = []
+    for turn in turns:
+        turn = turn if isinstance(turn, dict) else {}
+        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in ROLES or not isinstance(text, str):
+            raise UserError(f"{where}: " + (f"the {role}'s message has no text" if role in ROLES else
+                                            f"unknown role {role!r}; use {', '.join(ROLES)}"))
+        pairs.append((ROLES[role], text))
+    if not any(role == "assistant" and text for role, text in pairs):
+        raise UserError(f"{where}: no assistant message, so nothing to learn from")
+    return pairs
+
+
+def read_file(path: Path) -> Iterator[str | list[tuple[str, str]]]:
+    """The dialogues of a .jsonl file; of any other file the whole text, as one string."""
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); give a .jsonl or .txt file") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}); give --data an existing file") from None
+    if path.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as e:
+                raise UserError(f"{path} line {number} is not JSON: {e}") from None
+            yield messages_of(record, f"{path} line {number}")
+
+
+def read_hub(name: str, splits: tuple[str, ...]) -> Iterator[list[tuple[str, str]]]:
+    """Dialogues of a Hugging Face dataset, streamed: only what is read is downloaded, once."""
+    from huggingface_hub import HfApi
+    name = "HuggingFaceH4/ultrachat_200k" if name == "ultrachat" else name
+    try:
+        HfApi().dataset_info(name, timeout=5)  # datasets alone would go on trying for half a minute
+        import datasets
+        from datasets.distributed import split_dataset_by_node
+        split = next((s for s in splits if s in datasets.get_dataset_split_names(name)), None)
+        if split is None:
+            return
+        stream = datasets.load_dataset(name, split=split, streaming=True)
+        if world_size() > 1:
+            stream = split_dataset_by_node(stream.reshard(), rank(), world_size())
+        for number, record in enumerate(stream, 1):
+            try:
+                yield messages_of(record, f"{name}, {split}, record {number}")
+            except UserError:
+                if number == 1:  # a wrong dataset; later on, one bad record among thousands
+                    raise
+    except UserError:
+        raise
+    except Exception as e:  # whatever the network does
+        raise UserError(f"cannot read dataset {name} ({cause(e)}); offline, use the shipped dialogues: "
+                        f"--data data/chats.jsonl") from None
+
+
+class Dialogue(NamedTuple):
+    ids: torch.Tensor   # (T,) int32
+    mask: torch.Tensor  # (T,) bool, True on the assistant's text and its <|im_end|>
+
+
+def prepare(config: Config, tokenizer: Tokenizer) -> tuple[list[Dialogue], list[Dialogue]]:
+    """This process's share of the dialogues to train on and to validate on; none is in both.
+
+    Raises UserError where a source is missing, broken or empty. Tokenised data is cached.
+    """
+    beside = Path(config.data).with_name(Path(config.data).stem + "_val.jsonl")
+    held_out = config.val_data or (str(beside) if is_file(config.data) and beside.exists() else "")
+    content = [hashlib.sha256(Path(name).read_bytes()).hexdigest() if Path(name).is_file() else name
+               for name in (config.data, held_out)]
+    key = [content, config.samples, config.val_samples, config.max_len, rank(), world_size()]
+    path = Path(config.cache) / f"tokens-{digest(key)}.safetensors"
+    if not path.exists():
+        counts = dict(cut=0, dropped=0)
+
+        def read(name, splits, limit):
+            source = (itertools.islice(read_file(Path(name)), rank(), None, world_size())
+                      if is_file(name) else read_hub(name, splits))
+            dialogues = tokenise(source, tokenizer, config.max_len, counts)
+            return list(itertools.islice(dialogues, -(-limit // world_size()) if limit else None))
+
+        val = [] if is_file(config.data) and not held_out else read(
+            held_out or config.data, ("test_sft", "validation", "test"), config.val_samples)
+        limit = config.samples
+        train = read(config.data, ("train_sft", "train"), limit + (0 if val else limit // 9 + 1) * bool(limit))
+        if not val:  # every tenth, or the last if there are fewer
+            last = min(9, len(train) - 1)
+            train, val = [d for i, d in enumerate(train) if i % 10 != last], train[last::10]
+        train = train[:-(-limit // world_size()) if limit else None]
+        seen = {d.ids.numpy().tobytes() for d in train}
+        val = [d for d in val if d.ids.numpy().tobytes() not in seen][:config.val_samples]
+        if not train or not val:
+            raise UserError(f"{config.data}: {len(train)} dialogues to train on and {len(val)} others to "
+                            f"validate on, one of each is needed; see --val-data and --max-len")
+        both = train + val
+        save_tensors(path, dict(ids=torch.cat([d.ids for d in both]), mask=torch.cat([d.mask for d in both]),
+                                lengths=torch.tensor([len(d.ids) for d in both])),
+                     counts | dict(train=len(train)))
+    tensors, counts = load_tensors(path)
+    lengths, n = tensors["lengths"].tolist(), counts["train"]
+    both = [Dialogue(*pair) for pair in zip(tensors["ids"].split(lengths), tensors["mask"].split(lengths))]
+    say(f"data: {n} dialogues of {config.data}, {sum(lengths[:n]):,} tokens, {targets(both[:n]):,} of them "
+        f"targets; {len(both) - n} held out; {counts['cut']} cut at {config.max_len} tokens, "
+        f"{counts['dropped']} dropped without a target" + " (this process's share)" * (world_size() > 1))
+    return both[:n], both[n:]
+
+
+def tokenise(source, tokenizer: Tokenizer, max_len: int, counts: dict) -> Iterator[Dialogue]:
+    """Dialogues as ids and masks; counts what max_len cut, and what was left without a target."""
+    for item in tqdm(source, "tokenising", unit=" dialogues", disable=quiet()):
+        if isinstance(item, str):  # plain text: pieces of max_len tokens, every token a target
+            ids = torch.tensor(tokenizer.bpe.encode_ordinary(item), dtype=torch.int32)
+            yield from (Dialogue(part, torch.ones(len(part), dtype=torch.bool))
+                        for part in ids.split(max_len) if len(part) > 1)
+            continue
+        messages = [tokenizer.message(role, text) for role, text in item]
+        ids, mask = (list(itertools.chain(*column)) for column in zip(*messages))
+        counts["cut"] += len(ids) > max_len
+        if any(mask[:max_len]):
+            yield Dialogue(torch.tensor(ids[:max_len], dtype=torch.int32), torch.tensor(mask[:max_len]))
+        else:
+            counts["dropped"] += 1
+
+
+def is_file(name: str) -> bool:
+    """A local file, existing or meant; anything else is a name on the Hugging Face hub."""
+    return Path(name).suffix in (".jsonl", ".json", ".txt") or Path(name).exists()
+
+
+def targets(dialogues: list[Dialogue]) -> int:
+    return sum(int(d.mask[1:].sum()) for d in dialogues)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The contexts: one cell, walked token by token or solved for all tokens at once
+# ------------------------------------------------------------------------------------------------
+
+
+class Cell(nn.Module):
+    """One step of the recurrence: (u_t, s_{t-1}) -> s_t, u_t being the token's share of the gates.
+
+    s_t = f * s_{t-1} + (1 - f) * i * d keeps |s| <= 1 and forgets, so errors die out; LayerNorm is
+    left to the read-out. kind="original" has it inside the loop: s_t = LayerNorm(f * s_{t-1} + i * d).
+    """
+
+    def __init__(self, E: int, C: int, H: int, num_layers: int, token_input_all_layers: bool, kind: str):
+        super().__init__()
+        self.kind, self.C = kind, C
+        self.token_in = nn.Linear(E, H * (num_layers if token_input_all_layers else 1))
+        self.state_in = nn.Linear(C, H, bias=False)
+        self.hidden = nn.ModuleList(nn.Linear(H, H) for _ in range(num_layers - 1))
+        self.gates = nn.Linear(H, 3 * C)
+        nn.init.orthogonal_(self.state_in.weight, gain=0.5)
+        nn.init.orthogonal_(self.gates.weight, gain=0.7)
+        nn.init.zeros_(self.gates.bias)
+        with torch.no_grad():  # units that forget at once next to units that remember for long
+            self.gates.bias[:C] = torch.linspace(-1, 4, C)
+
+    def recurrent(self) -> list[nn.Parameter]:
+        """All parameters but those of token_in, whose work is done before the recurrence."""
+        return [*self.state_in.parameters(), *self.hidden.parameters(), *self.gates.parameters()]
+
+    def forward(self, u: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """u (B, H or H * num_layers), s (B, C) -> the next state (B, C), the forget gate (B, C)."""
+        first, *others = u.split(self.state_in.out_features, dim=-1)
+        a = F.silu(first + self.state_in(s))
+        for k, layer in enumerate(self.hidden):
+            a = F.silu(layer(a) + (others[k] if others else 0))
+        f, i, d = self.gates(a).chunk(3, dim=-1)
+        f, i, d = torch.sigmoid(f), torch.sigmoid(i), torch.tanh(d)
+        if self.kind == "original":
+            return F.layer_norm(f * s + i * d, (self.C,)), f
+        return torch.addcmul((1 - f) * i * d, f, s), f
+
+
+def walk(cell: Cell, u: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token by token: u (B, T, ·), s (B, C) -> states (B, T, C), product of the forget gates (B, C)."""
+    states, kept = [], torch.ones_like(s)
+    for u_t in u.unbind(1):
+        s, f = cell(u_t, s)
+        states.append(s)
+        kept = kept * f
+    return torch.stack(states, 1), kept
+
+
+def scan(f: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """y_t = f_t * y_{t-1} + b_t, y_0 = 0, for all t of (B, T, C) in log2(T) steps.
+
+    The doubling scan: Hillis & Steele, Data Parallel Algorithms, CACM 1986.
+    """
+    k = 1
+    while k < f.shape[1]:
+        b = torch.cat((b[:, :k], torch.addcmul(b[:, k:], f[:, k:], b[:, :-k])), 1)
+        f = torch.cat((f[:, :k], f[:, k:] * f[:, :-k]), 1)
+        k *= 2
+    return b
+
+
+def chunk_length(T: int, device: torch.device) -> int:
+    """Tokens per chunk: about sqrt(T) on a CPU; short on a GPU, where every step is a launch."""
+    return 16 if device.type == "cuda" else 2 ** max(4, math.ceil(math.log2(T) / 2))
+
+
+def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.Tensor] = None,
+          tol: float = 1e-5, max_sweeps: int = 30) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The states that walk() gives, for all chunks of the text side by side.
+
+    Cut the text into n chunks and guess the state before each. A sweep walks all of them at once, as
+    one batch of B * n rows. Where a chunk ends elsewhere than the next was guessed to start, the
+    guesses are corrected together: start_{j+1} = end_j + kept_j * (correction of start_j), a linear
+    recurrence, solved by scan(). That is Newton's method on the chunks' borders with the product of
+    the forget gates as Jacobian, parallel in time as in Lim et al. (DEER, ICLR 2024); with chunks of
+    one token it is the sweep with frozen gates. Its fixed point is exactly the walk.
+
+    Args:
+        u: (B, T, ·) tokens' share of the gates; s0: (B, C) state before the first token.
+        guess: (B, T, C) states to start from, such as the last epoch's; zeros if None.
+    Returns:
+        states (B, T, C); the chunks' starts (B, n, C); sweeps taken, 0 if none of max_sweeps
+        reached tol, in which case the states come from walk().
+    """
+    (B, T, _), C = u.shape, s0.shape[1]
+    L = chunk_length(T, u.device)
+    n = -(-T // L)
+    chunks = F.pad(u, (0, 0, 0, n * L - T)).reshape(B * n, L, -1)
+    starts = s0.new_zeros(B, n, C)
+    if guess is not None:
+        starts[:, 1:] = guess[:, L - 1:(n - 1) * L:L]
+    starts[:, 0] = s0
+    for sweep in range(1, max_sweeps + 1):
+        states, kept = walk(cell, chunks, starts.view(B * n, C))
+        kept, ends = kept.view(B, n, C), states[:, -1].view(B, n, C)
+        change = scan(kept[:, :-1], ends[:, :-1] - starts[:, 1:])
+        starts[:, 1:] += change
+        size = starts[:, 1:].std(-1, keepdim=True).clamp(min=1e-3)  # what is read is LayerNorm(s)
+        if n == 1 or (change / size).abs().max() <= tol:
+            return states.view(B, n * L, C)[:, :T], starts, sweep
+    return walk(cell, u, s0)[0], starts, 0
+
+
+class ParallelStates(torch.autograd.Function):
+    """solve() with its gradient: the same recurrence, run from right to left.
+
+    The loss reaches the start of chunk j through the chunk itself (inside_j) and through all later
+    ones: m_j = inside_j + J_j^T m_{j+1}, J_j being the Jacobian of the chunk's end. With kept_j in
+    place of J_j this is a scan; autograd supplies the difference, sweep by sweep.
+    """
+
+    @staticmethod
+    def forward(ctx, cell, u, s0, guess, tol, max_sweeps, *parameters):
+        states, starts, sweeps = solve(cell, u, s0, guess, tol, max_sweeps)
+        ctx.cell, ctx.tol, ctx.max_sweeps = cell, tol, max_sweeps
+        ctx.save_for_backward(u, starts)
+        return states, sweeps
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        u, starts = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        (B, T, _), (_, n, C) = u.shape, starts.shape
+        L = chunk_length(T, u.device)
+        with torch.enable_grad():
+            chunks = F.pad(u, (0, 0, 0, n * L - T)).reshape(B * n, L, -1)
+            states, kept = walk(ctx.cell, chunks, starts.view(B * n, C))
+        grad = F.pad(grad, (0, 0, 0, n * L - T)).reshape(B * n, L, C)
+        kept = kept.detach().view(B, n, C)
+        inside = torch.autograd.grad(states, starts, grad, retain_graph=True)[0]
+        m, ends = inside, torch.zeros_like(grad)
+        for _ in range(ctx.max_sweeps if n > 1 else 0):
+            later = F.pad(m[:, 1:], (0, 0, 0, 1))  # what arrives at each chunk's end
+            ends[:, -1] = later.reshape(B * n, C)
+            through = torch.autograd.grad(states, starts, ends, retain_graph=True)[0]
+            b = inside + through - kept * later
+            new = scan(kept.flip(1), b.flip(1)).flip(1)
+            change, m = (new - m).norm(), new
+            if change <= 1e-3 * m.norm():
+                break
+        ends[:, -1] = F.pad(m[:, 1:], (0, 0, 0, 1)).reshape(B * n, C)
+        gradients = torch.autograd.grad(states, (u, *ctx.cell.recurrent()), grad + ends)
+        return None, gradients[0], m[:, 0], None, None, None, *gradients[1:]
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. The model: the context block, the token block, the output head
+# ------------------------------------------------------------------------------------------------
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of the cross entropies of h W^T, and how many were right, without the (N, V) logits.
+
+    h (N, E), weight (V, E), targets (N,) -> loss (), correct (). Loss and gradient are computed
+    chunk by chunk of rows in two buffers of about 64 MiB that are allocated once. The idea is that of
+    Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets):
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        rows = max(1, 2 ** 24 // len(weight))
+        W, wants_weight = weight.to(dtype), ctx.needs_input_grad[1]
+        scores = torch.empty(min(rows, len(h)), len(weight), device=h.device)
+        product = scores if dtype == torch.float32 else torch.empty_like(scores, dtype=dtype)
+        loss, correct = scores.new_zeros(()), torch.zeros((), dtype=torch.long, device=h.device)
+        grad_h, grad_W = torch.empty_like(h), None
+        for h_part, y, grad_part in zip(h.split(rows), targets.split(rows), grad_h.split(rows)):
+            n, h_part = len(y), h_part.to(dtype)
+            z = scores[:n].copy_(torch.mm(h_part, W.t(), out=product[:n]))
+            correct += (z.argmax(-1) == y).sum()
+            torch.log_softmax(z, -1, out=z)
+            loss -= z.gather(1, y[:, None]).sum()
+            if any(ctx.needs_input_grad[:2]):
+                z.exp_().scatter_add_(1, y[:, None], -torch.ones_like(y, dtype=z.dtype)[:, None])
+                g = product[:n].copy_(z)
+                grad_part.copy_(g @ W)
+                if wants_weight:
+                    share = (g.t() @ h_part).to(weight.dtype)
+                    grad_W = share if grad_W is None else grad_W.add_(share)
+        ctx.save_for_backward(grad_h, grad_W)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grad_h, grad_W = ctx.saved_tensors
+        return grad_h.mul_(grad), None if grad_W is None else grad_W.mul_(grad), None
+
+
+class Output(NamedTuple):
+    loss: Optional[torch.Tensor]
+    logits: Optional[torch.Tensor]  # (B, T, V)
+    state: torch.Tensor             # (B, C), after the last token
+
+
+class NewLLM(nn.Module, PyTorchModelHubMixin):
+    """Context block and token block over one table of embeddings, which also is the output head.
+
+    separate_context_embedding: the context block reads a table of its own. Frozen contexts need it
+    where embeddings are learned, for Phase 2 goes on learning those of the head.
+    """
+
+    def __init__(self, vocab_size: int = VOCAB, embed_dim: int = 256, context_dim: int = 128,
+                 hidden_dim: int = 256, num_layers: int = 1, token_input_all_layers: bool = False,
+                 dropout: float = 0.0, cell: str = "gated", solver: str = "auto", tol: float = 1e-5,
+                 max_sweeps: int = 30, separate_context_embedding: bool = False):
+        super().__init__()
+        V, E, C, H = vocab_size, embed_dim, context_dim, hidden_dim
+        self.solver, self.tol, self.max_sweeps, self.sweeps = solver, tol, max_sweeps, 0
+        self.token_input_all_layers = token_input_all_layers
+        self.embed = nn.Embedding(V, E)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.context_embed = nn.Embedding(V, E) if separate_context_embedding else None
+        if separate_context_embedding:
+            nn.init.normal_(self.context_embed.weight, std=0.02)
+        self.cell = Cell(E, C, H, num_layers, token_input_all_layers, cell)
+        inputs = [E + C] + [H + (E if token_input_all_layers else 0)] * (num_layers - 1)
+        self.hidden = nn.ModuleList(nn.Linear(width, H) for width in inputs)
+        self.out, self.norm, self.dropout = nn.Linear(H, E), nn.LayerNorm(E), nn.Dropout(dropout)
+
+    @classmethod
+    def of(cls, config: Config, embed_dim: int, separate_context_embedding: bool) -> "NewLLM":
+        names = ("context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout", "cell",
+                 "solver", "tol", "max_sweeps")
+        return cls(embed_dim=embed_dim, separate_context_embedding=separate_context_embedding,
+                   **{name: getattr(config, name) for name in names})
+
+    def context_table(self) -> nn.Embedding:
+        """The embeddings that the context block reads."""
+        return self.embed if self.context_embed is None else self.context_embed
+
+    def token_share(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """u: what the tokens (B, T) add to the context block's first layer; no recurrence in it."""
+        table = self.context_table()
+        return self.cell.token_in(F.layer_norm(table(input_ids), (table.embedding_dim,)))
+
+    def contexts(self, states: torch.Tensor) -> torch.Tensor:
+        """c = LayerNorm(s): states (..., C) -> contexts (..., C) of zero mean and unit variance."""
+        return F.layer_norm(states, states.shape[-1:])
+
+    def states(self, input_ids: torch.Tensor, state: Optional[torch.Tensor] = None,
+               guess: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """The context block: ids (B, T), state (B, C) or None for zeros -> states (B, T, C), float32.
+
+        solver="auto": on a CPU the loop wins once some dialogues are walked side by side, on a GPU it
+        never does (table 1 of python test_newllm.py).
+        """
+        with torch.autocast(input_ids.device.type, enabled=False):
+            u = self.token_share(input_ids)
+            s = u.new_zeros(len(u), self.cell.C) if state is None else state.float()
+            wanted = self.solver == "parallel" or self.solver == "auto" and (u.is_cuda or len(u) <= 4)
+            if not wanted or self.cell.kind == "original" or u.shape[1] <= 32:
+                return walk(self.cell, u, s)[0]
+            states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess, self.tol, self.max_sweeps,
+                                                       *self.cell.recurrent())
+            if self.sweeps == 0:
+                say(f"solver: {self.max_sweeps} sweeps did not reach {self.tol}; walked token by token")
+            return states
+
+    def hidden_states(self, input_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The token block: ids (...), states (..., C) -> (..., E), ready for the output head.
+
+        h = LayerNorm(x + FNN([x, c]))
+        """
+        x = F.layer_norm(self.embed(input_ids), self.embed.weight.shape[1:])
+        a = torch.cat((x, self.contexts(states)), dim=-1)
+        for k, layer in enumerate(self.hidden):
+            a = torch.cat((a, x), dim=-1) if k and self.token_input_all_layers else a
+            a = self.dropout(F.silu(layer(a)))
+        return self.norm(x + self.dropout(self.out(a)).float())
+
+    def forward(self, input_ids: torch.Tensor, labels: Optional[torch.Tensor] = None,
+                state: Optional[torch.Tensor] = None) -> Output:
+        """ids (B, T) -> logits (B, T, V) and the state (B, C) after the last token.
+
+        labels (B, T), as Hugging Face has them: not shifted, -100 is ignored. With them the mean loss
+        is returned and no logits are made. state (B, C) goes on where another call ended.
+        """
+        states = self.states(input_ids, state)
+        h = self.hidden_states(input_ids, states)
+        if labels is None:
+            return Output(None, F.linear(h, self.embed.weight), states[:, -1])
+        rows = labels[:, 1:] != -100
+        loss, _ = HeadLoss.apply(h[:, :-1][rows], self.embed.weight, labels[:, 1:][rows])
+        return Output(loss / rows.sum().clamp(min=1), None, states[:, -1])
+
+    @torch.no_grad()
+    def stream(self, input_ids: torch.Tensor, max_new_tokens: int = 100, do_sample: bool = False,
+               temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+               repetition_penalty: float = 1.0, state: Optional[torch.Tensor] = None
+               ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (next token (B,), state (B, C) that has read everything before it), one at a time."""
+        seen = torch.zeros(len(input_ids), VOCAB, dtype=torch.bool, device=input_ids.device)
+        for _ in range(max_new_tokens):
+            seen.scatter_(1, input_ids, True)
+            states = self.states(input_ids, state)[:, -1]
+            state = states
+            scores = self.scores(input_ids[:, -1], state)
+            if repetition_penalty != 1:
+                punished = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
+                scores = torch.where(seen[:, :scores.shape[1]], punished, scores)
+            token = sample(scores, temperature, top_k, top_p) if do_sample else scores.argmax(-1)
+            yield token, state
+            input_ids = token[:, None]
+
+    def scores(self, last_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) of the next token after last_ids (B,); padding of the vocabulary excluded."""
+        scores = F.linear(self.hidden_states(last_ids, state), self.embed.weight).float()
+        scores[:, VOCAB_USED:] = -math.inf
+        return scores
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 100, do_sample: bool = False,
+                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                 repetition_penalty: float = 1.0, num_beams: int = 1,
+                 eos_token_id: Optional[int] = None, state: Optional[torch.Tensor] = None
+                 ) -> torch.Tensor:
+        """ids (B, T) -> (B, T + new), argument names and meanings as in Hugging Face's generate().
+
+        Rows that have ended are filled up with eos_token_id. state: what was read before input_ids.
+        Raises ValueError for num_beams > 1 together with do_sample or repetition_penalty.
+        """
+        if num_beams > 1:
+            if do_sample or repetition_penalty != 1:
+                raise ValueError("beam search takes neither do_sample nor repetition_penalty")
+            rows = [self.beam_search(input_ids[i:i + 1], max_new_tokens, num_beams, eos_token_id,
+                                     None if state is None else state[i:i + 1])
+                    for i in range(len(input_ids))]
+            fill = 0 if eos_token_id is None else eos_token_id
+            new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+            return torch.cat((input_ids, new), 1)
+        new, ended = [], torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for token, _ in self.stream(input_ids, max_new_tokens, do_sample, temperature, top_k, top_p,
+                                    repetition_penalty, state):
+            if eos_token_id is not None:
+                token = torch.where(ended, eos_token_id, token)
+                ended |= token == eos_token_id
+            new.append(token)
+            if ended.all():
+                break
+        return torch.cat((input_ids, torch.stack(new, 1)), 1)
+
+    @torch.no_grad()
+    def beam_search(self, input_ids: torch.Tensor, max_new_tokens: int, num_beams: int,
+                    eos_token_id: Optional[int], state: Optional[torch.Tensor]) -> torch.Tensor:
+        """ids (1, T) -> the new ids of the beam with the best mean log-probability per token.
+
+        A beam is a row of the state, so following one costs C numbers, not a copy of a cache.
+        """
+        state, last = self.states(input_ids, state)[:, -1], input_ids[:, -1]
+        beams, totals, done = input_ids[:, :0], torch.zeros(1, device=input_ids.device), []
+        for length in range(1, max_new_tokens + 1):
+            scores = self.scores(last, state).log_softmax(-1) + totals[:, None]
+            best, flat = scores.flatten().topk(min(2 * num_beams, scores.numel()))  # some may be endings
+            parent, token = flat // scores.shape[1], flat % scores.shape[1]
+            grown = torch.cat((beams[parent], token[:, None]), 1)
+            ended = torch.zeros_like(token, dtype=torch.bool) if eos_token_id is None else token == eos_token_id
+            done += [(best[k].item() / length, grown[k]) for k in ended[:num_beams].nonzero()[:, 0].tolist()]
+            keep = (~ended).nonzero()[:num_beams, 0]
+            beams, totals, last = grown[keep], best[keep], token[keep]
+            if len(done) >= num_beams and max(d[0] for d in done) >= totals[0].item() / length:
+                break
+            state = self.states(last[:, None], state[parent[keep]])[:, -1]
+        done += [(total.item() / length, beam) for total, beam in zip(totals, beams)]
+        return max(done, key=lambda pair: pair[0])[1]
+
+
+def sample(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """One token id per row (B,) of logits (B, V). top_k 0 and top_p 1 switch those filters off."""
+    scores = scores / max(temperature, 1e-5)
+    if top_k:
+        scores[scores < scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]] = -math.inf
+    if top_p < 1:  # keep the fewest tokens whose probabilities add up to top_p (Holtzman et al. 2020)
+        ordered, index = scores.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        ordered[before >= top_p] = -math.inf
+        scores = torch.full_like(scores, -math.inf).scatter_(1, index, ordered)
+    return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+
+
+def make_model(config: Config) -> NewLLM:
+    """A fresh model with the embeddings that --embeddings asks for, or UserError."""
+    table, name = None, config.embeddings
+    if name in ("auto", "gpt2"):
+        try:
+            table = download_gpt2_embeddings(config)
+        except UserError as e:
+            if name == "gpt2":
+                raise
+            say(f"embeddings: {e}; learned instead (E = {config.embed_dim}), which costs "
+                f"{VOCAB * config.embed_dim / 1e6:.1f}M more trained parameters and all that GPT-2 knows")
+    elif name != "learned":
+        table = read_embeddings(Path(name))
+    torch.manual_seed(config.seed)
+    if table is None:
+        return NewLLM.of(config, config.embed_dim, separate_context_embedding=not config.joint)
+    model = NewLLM.of(config, table.shape[1], separate_context_embedding=False)
+    nn.init.normal_(model.embed.weight, std=table.std().item())  # ChatML's rows stay like that
+    model.embed.weight.data[:len(table)] = table
+    model.embed.weight.requires_grad_(False)
+    model.norm.weight.data.fill_(0.25)  # GPT-2's vectors are long: begin with small logits
+    return model
+
+
+def read_embeddings(path: Path, tensor: str = "wte.weight") -> torch.Tensor:
+    """GPT-2's token embeddings (50257, 768) out of a .safetensors file."""
+    try:
+        with safe_open(path, "pt") as file:
+            name = next((n for n in file.keys() if n in (tensor, "transformer." + tensor)), None)
+            if name is None:
+                raise UserError(f"{path} has no tensor {tensor}, only {', '.join(sorted(file.keys())[:4])}")
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != (50257, 768):
+                raise UserError(f"{path}: {name} has the shape {shape}, GPT-2's is (50257, 768)")
+            return file.get_tensor(name).float()
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"--embeddings {path}: {cause(e)}; give auto, gpt2, learned or a "
+                        f".safetensors file") from None
+
+
+def download_gpt2_embeddings(config: Config) -> torch.Tensor:
+    """wte.weight of openai-community/gpt2: 154 of the file's 548 MB are read, once, and cached."""
+    path = Path(config.cache) / "gpt2-wte.safetensors"
+    if not path.exists():
+        from huggingface_hub import HfApi, HfFileSystem
+        repo, name = "openai-community/gpt2", "wte.weight"
+        try:
+            HfApi().model_info(repo, timeout=5)  # one quick question before anything that retries
+            with HfFileSystem().open(f"{repo}/model.safetensors", "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                entry = json.loads(file.read(size))[name]
+                begin, end = entry["data_offsets"]
+                file.seek(8 + size + begin)
+                data = bytearray()
+                with tqdm(total=end - begin, desc=name, unit="B", unit_scale=True, disable=quiet()) as bar:
+                    while len(data) < end - begin:
+                        part = file.read(min(2 ** 23, end - begin - len(data)))
+                        if not part:
+                            raise OSError(f"{name} ended after {len(data)} bytes")
+                        data += part
+                        bar.update(len(part))
+            table = torch.frombuffer(data, dtype=torch.float32).view(entry["shape"])
+        except Exception as e:  # whatever the network does
+            raise UserError(f"GPT-2's embeddings cannot be downloaded ({cause(e)})") from None
+        save_tensors(path, {name: table}, {})
+    return read_embeddings(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The run: files, processes, devices, one optimizer step
+# ------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text: str):
+    """Print, on the first of several processes only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def in_notebook() -> bool:
+    return hasattr(builtins, "__IPYTHON__")
+
+
+def quiet() -> bool:
+    """No progress bars into files, nor from a second process."""
+    return rank() > 0 or not (sys.stderr.isatty() or in_notebook())
+
+
+def global_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes; the gradient flows into this process's share only."""
+    if world_size() == 1:
+        return x
+    everything = x.detach().clone()
+    dist.all_reduce(everything)
+    return x + (everything - x.detach())
+
+
+def global_max(number: int, device) -> int:
+    """The largest of a number over all processes."""
+    x = torch.tensor(float(number), device=device)
+    if world_size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return int(x)
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """The elements (N,) of all processes, sorted, so that their order tells nothing."""
+    parts = [x]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, x)
+    return torch.cat(parts).sort().values
+
+
+def digest(thing) -> str:
+    """A short name for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict):
+    """Write a .safetensors file, whole or not at all. Raises UserError where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary,
+                  metadata=dict(newllm=json.dumps(notes)))
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({cause(e)}); free some space, or name another folder "
+                        f"with --out or --cache") from None
+
+
+def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict]:
+    """What save_tensors() wrote: tensors whose names begin with prefix, and the notes. Runs no code."""
+    try:
+        with safe_open(path, "pt") as file:
+            notes = json.loads(file.metadata()["newllm"])
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}, notes
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is missing, damaged or not New-LLM's ({cause(e)}); delete it or name "
+                        f"another") from None
+
+
+def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name[len(prefix):]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def pick_device(name: str) -> torch.device:
+    """cuda > mps > cpu, or what the user says. Raises UserError for a device that is not there."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    found = [kind for kind in there if there[kind]]
+    if name != "auto" and name.split(":")[0] not in found:
+        raise UserError(f"--device {name} is not there; this machine has {', '.join(found)}")
+    kind = found[0] if name == "auto" else name
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """dtype of the matrix products outside the recurrence, and the reason for it in words."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        new = torch.cuda.get_device_capability(device)[0] >= 8
+        return (torch.bfloat16, "the GPU has it") if new else (torch.float16, "an older GPU, no bfloat16")
+    if device.type == "mps":
+        return torch.float32, "safe on mps"
+    fastest = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(1024, 1024, dtype=dtype)
+        fastest[dtype] = min(timeit.repeat(lambda: a @ a, number=1, repeat=4))
+    ratio = fastest[torch.float32] / fastest[torch.bfloat16]
+    return ((torch.bfloat16, "more than twice as fast on this CPU") if ratio > 2 else
+            (torch.float32, "bfloat16 is not twice as fast on this CPU"))
+
+
+class Stopped(Exception):
+    """The user asked for it; everything is saved."""
+
+
+class Run:
+    """One training run: what both phases share."""
+
+    def __init__(self, config: Config, command: list[str]):
+        self.config, self.command = config, command
+        self.device = pick_device(config.device)
+        self.dtype, reason = pick_dtype(config.dtype, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.writer, self.interrupted = None, False
+        self.pieces = 1  # parts that an optimizer step is computed in, as memory demands
+        say(f"device: {self.device}; states in float32, token block and output head in "
+            f"{str(self.dtype)[6:]} ({reason})")
+        if config.tensorboard and rank() == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+            self.writer = SummaryWriter(config.tensorboard)
+        with contextlib.suppress(ValueError):  # raised outside the main thread
+            signal.signal(signal.SIGINT, self.on_interrupt)
+
+    def on_interrupt(self, *_):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        say("\nsaving at the next safe point (Ctrl-C again: leave at once)")
+
+    def wants_to_stop(self) -> bool:
+        """Ctrl-C on one of several processes stops them all at the same step."""
+        return bool(global_sum(torch.tensor(float(self.interrupted), device=self.device)))
+
+    def leave(self, where: str):
+        command = " ".join(["python newllm.py", *(a for a in self.command if a != "--resume"), "--resume"])
+        raise Stopped(f"stopped after {where}, everything is saved; go on with: {command}")
+
+    def log(self, phase: str, step: int, **values):
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(f"{phase}/{name}", value, step)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def optimizer(self, parameters, learning_rate: float) -> torch.optim.AdamW:
+        learned = [p for p in parameters if p.requires_grad]
+        return torch.optim.AdamW(learned, learning_rate, weight_decay=self.config.weight_decay,
+                                 fused=self.device.type != "mps")
+
+    def parallel(self, loss: nn.Module) -> nn.Module:
+        """The loss itself, or one that averages its gradients over the processes."""
+        loss.to(self.device)
+        return nn.parallel.DistributedDataParallel(loss) if world_size() > 1 else loss
+
+    def step(self, loss: nn.Module, optimizer, peak: float, progress: float, number: int, split, count):
+        """One optimizer step on the gradient of (sum of losses) / count.
+
+        peak, progress, number: learning rate, how much of the schedule is over (0 to 1), step number.
+        split(pieces) lists the arguments of loss() for each part of the batch. Where a part does not
+        fit into memory, the batch is cut into twice as many: tokens per step stay what they were.
+        Returns the sums over all parts and processes of what loss() returned.
+        """
+        warm = min(1.0, (number + 1) / max(1, self.config.warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        while True:
+            try:
+                optimizer.zero_grad(set_to_none=True)
+                sums = 0
+                for k, part in enumerate(split(self.pieces), 1):
+                    last = k == self.pieces or world_size() == 1
+                    with contextlib.nullcontext() if last else loss.no_sync():
+                        with self.autocast():
+                            value, *others = loss(*part)
+                        self.scaler.scale(value * (world_size() / count)).backward()
+                    sums = sums + torch.stack([v.detach().float() for v in (value, *others)])
+                break
+            except torch.OutOfMemoryError:
+                if self.pieces >= 4096:
+                    raise UserError("not even a small part of a batch fits into the device's memory; "
+                                    "lower --hidden-dim or --max-len, or use --device cpu") from None
+                self.pieces *= 2
+                torch.cuda.empty_cache()
+                say(f"batch size: out of memory, a step is now computed in {self.pieces} parts")
+        self.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]],
+                                 self.config.grad_clip)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        sums = global_sum(sums).cpu()
+        if not math.isfinite(sums[0]):
+            raise UserError(f"the loss is {sums[0]} at step {number}; lower --learning-rate and start anew, "
+                            f"or go on from {best_checkpoint(Path(self.config.out)) or 'the beginning'}")
+        return sums
+
+    def save(self, name: str, model: "NewLLM", optimizer, more: dict[str, torch.Tensor], **notes):
+        """A checkpoint: what chatting needs (weights, config, tokenizer) and what resuming needs."""
+        tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | more
+        for k, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{k}.{field}": v for field, v in values.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        if rank() == 0:
+            save_tensors(Path(self.config.out) / name, tensors, notes | dict(
+                config=asdict(self.config), embed_dim=model.embed.embedding_dim, pieces=self.pieces,
+                tokenizer="tiktoken r50k_base + ChatML", scale=self.scaler.get_scale()))
+
+    def restore(self, tensors: dict, notes: dict, model: "NewLLM", optimizer):
+        """Undo save(): go on as if nothing had happened."""
+        model.load_state_dict(part_of(tensors, "model."))
+        state = {}
+        for key, value in part_of(tensors, "optimizer.").items():
+            number, field = key.split(".")
+            state.setdefault(int(number), {})[field] = value
+        optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        if self.scaler.is_enabled():
+            self.scaler.update(notes["scale"])
+        self.pieces = notes["pieces"]
+
+
+def val_loss_of(path: Path) -> float:
+    return float(path.stem.rsplit("-", 1)[1])
+
+
+def best_checkpoint(folder: Path) -> Optional[Path]:
+    """What to chat with: the best by validation loss, or the last where training has no patience."""
+    last, best = folder / "last.safetensors", sorted(folder.glob("epoch-*.safetensors"), key=val_loss_of)
+    if last.exists() and (not best or load_tensors(last, "none")[1]["config"]["patience"] == 0):
+        return last
+    return best[0] if best else None
+
+
+def load_model(path: Path, device: str = "cpu") -> tuple["NewLLM", dict]:
+    """The model of a checkpoint, ready to chat, and the checkpoint's notes."""
+    tensors, notes = load_tensors(path, "model.")
+    weights = part_of(tensors, "model.")
+    model = NewLLM.of(Config(**notes["config"]), notes["embed_dim"], "context_embed.weight" in weights)
+    model.load_state_dict(weights)
+    return model.to(device).eval(), notes
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Phase 1: learn the contexts of all tokens at once; no word is predicted
+# ------------------------------------------------------------------------------------------------
+
+
+def batches_of(dialogues: list[Dialogue], size: int) -> list[list[int]]:
+    """Indices of dialogues of like length, `size` together, to waste little on padding."""
+    order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids))
+    return [order[k:k + size] for k in range(0, len(order), size)]
+
+
+def pad(tensors: list[torch.Tensor], device) -> torch.Tensor:
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+
+
+def collate(dialogues: list[Dialogue], indices: list[int], device) -> tuple[torch.Tensor, ...]:
+    """ids (B, T) int64, targets (B, T) bool and real (B, T) bool, which is False on padding."""
+    some = [dialogues[i] for i in indices] or [Dialogue(torch.zeros(2), torch.zeros(2))]
+    real = pad([torch.full((len(d.ids),), bool(indices)) for d in some], device)
+    return pad([d.ids for d in some], device).long(), pad([d.mask for d in some], device).bool(), real
+
+
+@torch.no_grad()
+def all_states(run: Run, model: NewLLM, dialogues: list[Dialogue], room: float, guess=None,
+               ) -> list[Optional[torch.Tensor]]:
+    """The states (T, C) of each dialogue, on the CPU; None for those that `room` GB cannot hold."""
+    states = [None] * len(dialogues)
+    for batch in tqdm(batches_of(dialogues, 16), "contexts", disable=quiet(), leave=False):
+        room -= sum(len(dialogues[i].ids) for i in batch) * model.cell.C * 4 / 1e9
+        if room >= 0:
+            for i, s in zip(batch, model.states(collate(dialogues, batch, run.device)[0]).cpu()):
+                states[i] = s[:len(dialogues[i].ids)].clone()
+    return states
+
+
+def effective_rank(contexts: torch.Tensor) -> float:
+    """exp(entropy of the normalised singular values) / C of contexts (N, C) (Roy & Vetterli 2007)."""
+    c = contexts[::max(1, len(contexts) // 4096)]
+    p = torch.linalg.svdvals(c - c.mean(0))
+    p = (p / p.sum()).clamp(min=1e-12)
+    return torch.exp(-(p * p.log()).sum()).item() / contexts.shape[1]
+
+
+class ContextLoss(nn.Module):
+    """Phase 1's loss, (1 - w) CVFP + w diversity.
+
+    CVFP (context vector fixed point) is the mean squared change of the contexts since the last
+    iteration. For the diversities c is (N, C), the contexts of a batch, of all processes together.
+    """
+
+    def __init__(self, model: NewLLM, config: Config):
+        super().__init__()
+        self.model, self.config = model, config
+        self.map = nn.Linear(config.context_dim, model.embed.embedding_dim)  # thrown away afterwards
+        self.new_states = []  # of each part of the last batch
+
+    def norm(self, c: torch.Tensor) -> torch.Tensor:
+        """The original's: minus the distance of the contexts from their mean, over N."""
+        n = global_sum(c.new_tensor(len(c)))
+        return -global_sum((c - global_sum(c.sum(0)) / n).pow(2).sum()).sqrt() / n
+
+    def logdet(self, c: torch.Tensor, eps: float = 0.05) -> torch.Tensor:
+        """-log det(I + Z Z^T / (n eps)) / C, with Z (C, n) the mean-free contexts of unit RMS."""
+        n, C = global_sum(c.new_tensor(len(c))), c.shape[1]
+        z = c - global_sum(c.sum(0)) / n
+        scatter = global_sum(z.T @ z)
+        return -torch.logdet(torch.eye(C, device=c.device) + scatter / (scatter.trace() / C * eps)) / C
+
+    def contrast(self, c, ids, real, negatives) -> torch.Tensor:
+        """InfoNCE (van den Oord et al. 2018), summed: which token comes next, among wrong ones?
+
+        A contrastive loss is alignment + uniformity (Wang & Isola 2020). The uniformity is the
+        diversity, but spent on what tells the next token. c (B, T, C), negatives (M,) token ids.
+        """
+        table, follows = self.model.context_table(), real[:, 1:]
+        queries = F.normalize(self.map(c[:, :-1][follows]), dim=-1)
+        y = ids[:, 1:][follows]
+        right = (queries * F.normalize(table(y), dim=-1)).sum(-1, keepdim=True)
+        wrong = queries @ F.normalize(table(negatives), dim=-1).T
+        wrong = wrong.masked_fill(y[:, None] == negatives, -math.inf)
+        scores = torch.cat((right, wrong), 1) / self.config.contrast_temperature
+        return F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
+
+    def forward(self, ids, real, known, previous, negatives, tokens: int, follows: int):
+        """known (B, T): where previous (B, T, C), the last iteration's states, are there.
+
+        tokens, follows: known tokens and next tokens in the whole batch, of all processes. Returns
+        this part's share of the loss, of CVFP, of the diversity, and converged tokens.
+        """
+        states, w = self.model.states(ids, guess=previous), self.config.diversity_weight
+        self.new_states.append(states.detach())
+        with torch.autocast(ids.device.type, enabled=False):
+            c = self.model.contexts(states)
+            change = (c - self.model.contexts(previous))[known].pow(2).mean(-1)
+            cvfp = change.sum() / tokens
+            if self.config.diversity == "contrast":
+                diversity = self.contrast(c, ids, real, negatives) / follows
+            else:
+                diversity = getattr(self, self.config.diversity)(c[real])
+                diversity = diversity - diversity.detach() * (1 - 1 / world_size())  # count it once
+        return ((1 - w) * cvfp + w * diversity + 0 * sum(p.sum() for p in self.map.parameters()),
+                cvfp, diversity,
+                (change < self.config.threshold).sum())
+
+    @torch.no_grad()
+    def held_out(self, run: Run, val: list[Dialogue]) -> float:
+        """The contrastive loss per token of dialogues not trained on, against fixed negatives."""
+        follows = gather(torch.cat([d.ids[1:] for d in val])).long().to(run.device)
+        negatives = follows[torch.linspace(0, len(follows) - 1, self.config.negatives).long()]
+        sums = torch.zeros(2, device=run.device)
+        for batch in batches_of(val, 16):
+            ids, _, real = collate(val, batch, run.device)
+            c = self.model.contexts(self.model.states(ids))
+            sums += torch.stack((self.contrast(c, ids, real, negatives), real[:, 1:].sum()))
+        return torch.div(*global_sum(sums)).item()
+
+
+def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], resumed) -> list:
+    """Learn the context block. Returns the states of the training dialogues, for Phase 2.
+
+    Weights and states are cached: a second run on the same data with the same settings finds them.
+    """
+    config, C = run.config, run.config.context_dim
+    content = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in (
+        *model.state_dict().values(), *(d.ids for d in train + val))))
+    settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
+    path = Path(config.cache) / (
+        f"contexts-{digest([settings, content.hexdigest(), run.device.type, rank(), world_size()])}.safetensors")
+    if path.exists() and resumed is None:
+        tensors, _ = load_tensors(path)
+        model.load_state_dict(part_of(tensors, "model."), strict=False)
+        say(f"phase 1: done before with the same data and settings, found in {path}")
+        found = part_of(tensors, "states.")
+        return [found.get(str(i)) for i in range(len(train))]
+    requires_grad = {p: p.requires_grad for p in model.parameters()}
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad and (
+        name.startswith("cell.") or p is model.context_table().weight)}
+    for p in requires_grad:
+        p.requires_grad_(any(p is q for q in learned.values()))
+    loss = ContextLoss(model, config)
+    objective = run.parallel(loss)
+    optimizer = run.optimizer(loss.parameters(), config.phase1_learning_rate)
+    batches, start = batches_of(train, -(-config.phase1_batch // world_size())), time.perf_counter()
+    steps = global_max(len(batches), run.device)
+    first, factor, best, waited, share = 1, 1.0, math.inf, 0, 0.0
+    if resumed is None:
+        model.solver, solver = "sequential", model.solver
+        states, best_block = all_states(run, model, train, config.cache_gb), None
+        model.solver = solver
+        say(f"phase 1: walked {sum(len(d.ids) for d in train):,} tokens one by one in "
+            f"{time.perf_counter() - start:.1f} s; now at most {config.iterations} iterations on all at once")
+    else:
+        tensors, notes = resumed
+        run.restore(tensors, notes, model, optimizer)
+        loss.map.load_state_dict(part_of(tensors, "map."))
+        found, best_block = part_of(tensors, "states."), part_of(tensors, "best.") or None
+        states = [found.get(str(i)) for i in range(len(train))]
+        first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
+    if None in states:
+        say(f"phase 1: --cache-gb {config.cache_gb} holds the states of {len(states) - states.count(None)} of "
+            f"{len(states)} dialogues; the others' are recomputed, and not counted as converged or not")
+    for iteration in range(first, config.iterations + 1):
+        start, sums, order = time.perf_counter(), torch.zeros(4), list(range(steps))
+        random.Random(f"{config.seed} {iteration}").shuffle(order)
+        generator = torch.Generator().manual_seed(config.seed * 10007 + iteration)
+        for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(), leave=False)):
+            batch = batches[k] if k < len(batches) else []
+            after = gather(torch.cat([train[i].ids[1:] for i in batch] or [torch.zeros(0)]))
+            negatives = after[torch.randperm(len(after), generator=generator)[:config.negatives]].long()
+            count = [sum(len(states[i]) for i in batch if states[i] is not None)]
+            tokens = int(global_sum(torch.tensor(count, device=run.device)))
+
+            def split(pieces):
+                loss.new_states.clear()
+                for some in (batch[j::pieces] for j in range(pieces)):
+                    ids, _, real = collate(train, some, run.device)
+                    previous = torch.zeros(*ids.shape, C, device=run.device)
+                    known = torch.zeros_like(real)
+                    for row, i in enumerate(some):
+                        if states[i] is not None:
+                            previous[row, :len(states[i])] = states[i].to(run.device)
+                            known[row, :len(states[i])] = True
+                    yield ids, real, known, previous, negatives.to(run.device), max(1, tokens), len(after)
+            done = (iteration - 1) * steps + number
+            _, cvfp, diversity, converged = run.step(
+                objective, optimizer, factor * config.phase1_learning_rate,
+                done / (config.iterations * steps), done, split, 1).tolist()
+            sums += torch.tensor([cvfp * tokens, diversity * len(after), converged, 0])
+            sums[3] += tokens
+            for j, part in enumerate(loss.new_states):
+                for i, row in zip(batch[j::len(loss.new_states)], part):
+                    if states[i] is not None:
+                        states[i] = row[:len(train[i].ids)].cpu().clone()
+        cvfp, share = sums[0].item() / max(1, sums[3].item()), sums[2].item() / max(1, sums[3].item())
+        diversity = sums[1].item() / int(global_sum(torch.tensor(sum(len(d.ids) - 1 for d in train),
+                                                                 device=run.device)))
+        held_out = loss.held_out(run, val) if config.diversity == "contrast" else diversity
+        contexts = model.contexts(torch.cat([s for s in states if s is not None][:256] or [torch.eye(C)]))
+        erank = effective_rank(contexts)
+        say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp:.1e} | {config.diversity} "
+            f"{diversity:+.3f}, held out {held_out:+.3f} | effective rank {erank:.0%} | "
+            f"{f'{model.sweeps} sweeps' if model.sweeps else 'loop'} | {time.perf_counter() - start:.1f} s")
+        run.log("phase1", iteration, converged=share, cvfp=cvfp, diversity=diversity, held_out=held_out,
+                effective_rank=erank, sweeps=model.sweeps)
+        settled = share >= 0.95 and waited != 1  # just after a return to the best, nothing is proven
+        if held_out < best - 1e-3:
+            best, waited, best_block = held_out, 0, {n: p.detach().clone() for n, p in learned.items()}
+        else:  # learning for its own sake has begun: shorter steps, once from the best weights
+            waited, factor = waited + 1, factor / 4
+            if waited == 1 and best_block:
+                model.load_state_dict(best_block, strict=False)
+        if run.wants_to_stop():
+            run.save("last.safetensors", model, optimizer,
+                     {f"map.{n}": t for n, t in loss.map.state_dict().items()}
+                     | {f"best.{n}": t for n, t in (best_block or {}).items()}
+                     | {f"states.{i}": s for i, s in enumerate(states) if s is not None},
+                     phase=1, iteration=iteration, progress=[factor, best, waited, share])
+            run.leave(f"iteration {iteration} of phase 1")
+        if iteration >= config.min_iterations and settled and (waited or config.diversity != "contrast"):
+            break
+    for p, value in requires_grad.items():
+        p.requires_grad_(value)
+    states = all_states(run, model, train, config.cache_gb)
+    report(run, model, train, states, share if config.iterations else 1.0)
+    save_tensors(path, {f"model.{n}": p for n, p in learned.items()}
+                 | {f"states.{i}": s for i, s in enumerate(states) if s is not None}, {})
+    return states
+
+
+@torch.no_grad()
+def report(run: Run, model: NewLLM, train: list[Dialogue], states: list, share: float):
+    """Say whether the cache is what a chat will see, and warn of the ways in which contexts fail."""
+    longest = sorted((i for i, s in enumerate(states) if s is not None), key=lambda i: -len(states[i]))[:4]
+    if not longest:
+        return
+    walked, sweeps = [], 0
+    for i in longest:  # one dialogue at a time, as a chat reads it
+        u = model.token_share(collate(train, [i], run.device)[0])
+        s0 = u.new_zeros(1, model.cell.C)
+        walked.append(walk(model.cell, u, s0)[0][0].cpu())
+        if model.cell.kind == "gated":
+            sweeps = max(sweeps, solve(model.cell, u, s0, None, model.tol, model.max_sweeps)[2])
+    cached, walked = (model.contexts(torch.cat(part)) for part in ([states[i] for i in longest], walked))
+    noise = u.new_empty(256, model.cell.C).normal_(std=torch.cat([states[i] for i in longest]).std().item())
+    same = F.cosine_similarity(model.cell(u[0, :1].expand(256, -1), noise)[0], noise).mean().item()
+    alike = F.normalize(cached, dim=-1).mean(0).pow(2).sum().item()
+    say(f"phase 1: cached contexts differ from the token loop's by {(cached - walked).pow(2).mean():.1e} "
+        f"(mean square; 2 = unrelated); the parallel solver takes {sweeps} sweeps; mean cosine of two "
+        f"contexts {alike:.2f}, of the state before and after a step {same:.2f}")
+    if same > 0.95:
+        say("warning: identity mapping, the state hardly changes; raise --phase1-learning-rate")
+    if alike > 0.95:
+        say("warning: global attractor, all contexts are alike; raise --diversity-weight")
+    if share < 0.95:
+        say(f"warning: only {share:.0%} of the tokens converged; raise --iterations, or else --context-dim, "
+            f"--hidden-dim or --num-layers")
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Phase 2: learn to predict the assistant's words
+# ------------------------------------------------------------------------------------------------
+
+
+class WordLoss(nn.Module):
+    """Phase 2's loss on target tokens, from cached states or on whole dialogues."""
+
+    def __init__(self, model: NewLLM, joint: bool):
+        super().__init__()
+        self.model, self.joint = model, joint
+
+    def forward(self, ids, y, states=None):
+        """ids (N,), tokens that follow y (N,), states (N, C); or ids (B, T), mask of targets y (B, T).
+
+        Returns the sum of losses, how many were right, how many there were.
+        """
+        if states is None:
+            with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
+                states = self.model.states(ids)
+            rows = y[:, 1:]
+            ids, y, states = ids[:, :-1][rows], ids[:, 1:][rows], states[:, :-1][rows]
+        loss, correct = HeadLoss.apply(self.model.hidden_states(ids, states), self.model.embed.weight, y)
+        return loss, correct, correct.new_tensor(len(y))
+
+
+def rows_of(dialogues: list[Dialogue], states: list) -> tuple[torch.Tensor, ...]:
+    """The target tokens of all dialogues whose states are there: ids (N,), y (N,), states (N, C)."""
+    rows = [(d.ids[at], d.ids[at + 1], s[at]) for d, s in zip(dialogues, states) if s is not None
+            for at in [d.mask[1:].nonzero()[:, 0]]]
+    ids, y, s = (torch.cat(column) for column in zip(*rows)) if rows else torch.zeros(3, 0)
+    return ids.long(), y.long(), s
+
+
+@torch.no_grad()
+def evaluate(run: Run, loss: WordLoss, dialogues: list[Dialogue], rows) -> tuple[float, float]:
+    """Loss and accuracy per target token, from rows, or from whole dialogues where rows is None."""
+    parts = ((collate(dialogues, batch, run.device)[:2] for batch in batches_of(dialogues, 16))
+             if rows is None else zip(*(column.split(4096) for column in rows)))
+    loss.eval()
+    with run.autocast():
+        sums = sum(torch.stack([v.float() for v in loss(*(t.to(run.device) for t in part))])
+                   for part in parts)
+    loss.train()
+    value, correct, count = global_sum(sums).tolist()
+    return value / count, correct / count
+
+
+def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], states: list, resumed) -> dict:
+    """Train the token block, and with --joint the context block too; the best epoch's figures."""
+    config, device, per = run.config, run.device, max(1, run.config.batch_tokens // world_size())
+    loss = WordLoss(model, config.joint)
+    if not config.joint:
+        model.cell.requires_grad_(False)
+        if model.context_embed is not None:
+            model.context_embed.requires_grad_(False)
+    objective, optimizer = run.parallel(loss), run.optimizer(model.parameters(), config.learning_rate)
+    rows = rows_of(train, states)
+    val_rows = None if config.joint else rows_of(val, all_states(run, model, val, math.inf))
+    groups = [[]]  # dialogues without cached states, about as many tokens together
+    for i in (i for batch in batches_of(train, 16) for i in batch if states[i] is None):
+        if groups[-1] and (len(groups[-1]) + 1) * len(train[i].ids) > per:
+            groups.append([])
+        groups[-1].append(i)
+    groups = [group for group in groups if group]
+    row_steps, group_steps = (global_max(n, device) for n in (-(-len(rows[0]) // per), len(groups)))
+    epoch, step, waited, best, figures = 0, 0, 0, math.inf, {}
+    steps, sums, last_saved = row_steps + group_steps, torch.zeros(3), time.perf_counter()
+    if resumed is not None:
+        run.restore(*resumed, model, optimizer)
+        epoch, step, waited, best, figures = resumed[1]["progress"]
+        sums, best = resumed[0]["sums"], math.inf if best is None else best
+    elif model.context_embed is not None:
+        model.embed.weight.data.copy_(model.context_embed.weight)  # Phase 1 has learned a good start
+    say(f"phase 2: {targets(train):,} target tokens, {steps} optimizer steps per epoch; " + (
+        "context and token block learn together" if config.joint else
+        f"contexts frozen, {len(rows[0]):,} of them cached"))
+    start, trained, first = time.perf_counter(), 0, epoch
+    if resumed is None:
+        torch.manual_seed(config.seed)  # the same, whether Phase 1 ran or was found in the cache
+
+    def save(name):
+        run.save(name, model, optimizer, dict(sums=sums), phase=2, val_loss=figures.get("val_loss"),
+                 progress=[epoch, step, waited, best if best < math.inf else None, figures])
+
+    while epoch < config.epochs and not (config.patience and waited >= config.patience):
+        generator = torch.Generator().manual_seed(config.seed * 10007 + epoch)
+        shuffled = torch.randperm(len(rows[0]), generator=generator)
+        plan = list(range(steps))
+        random.Random(f"{config.seed} {epoch}").shuffle(plan)
+        for k in tqdm(plan[step:], f"epoch {epoch + 1}", disable=quiet(), leave=False):
+            chosen = shuffled[k * per:(k + 1) * per]
+            group = groups[k - row_steps] if row_steps <= k < row_steps + len(groups) else []
+            count = len(chosen) if k < row_steps else targets([train[i] for i in group])
+            count = int(global_sum(torch.tensor(count, device=device)))
+
+            def split(pieces):
+                for j in range(pieces):
+                    if k < row_steps:
+                        yield [column[chosen[j::pieces]].to(device) for column in rows]
+                    else:
+                        yield collate(train, group[j::pieces], device)[:2]
+            done = epoch * steps + step
+            sums += run.step(objective, optimizer, config.learning_rate, done / (config.epochs * steps),
+                             done, split, count)
+            step, trained = step + 1, trained + count
+            if step < steps and run.wants_to_stop():
+                save("last.safetensors")
+                run.leave(f"step {step} of {steps} in epoch {epoch + 1}")
+        train_loss, accuracy = (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
+        val_loss, val_accuracy = evaluate(run, loss, val, val_rows)
+        figures = dict(train_loss=train_loss, train_accuracy=accuracy, val_loss=val_loss,
+                       val_accuracy=val_accuracy, val_ppl=math.exp(min(val_loss, 99)))
+        better, best = val_loss < best, min(best, val_loss)
+        epoch, step, sums, waited = epoch + 1, 0, torch.zeros(3), 0 if better else waited + 1
+        seconds = time.perf_counter() - start
+        say(f"  epoch {epoch:3d}/{config.epochs} | train loss {train_loss:.4f}, PPL "
+            f"{math.exp(min(train_loss, 99)):,.1f}, accuracy {accuracy:.1%} | val loss {val_loss:.4f}, PPL "
+            f"{figures['val_ppl']:,.1f}, accuracy {val_accuracy:.1%} | {trained / seconds:,.0f} tokens/s | "
+            f"{seconds * (config.epochs - epoch) / max(1, epoch - first):.0f} s left")
+        run.log("phase2", epoch, **figures)
+        if better:
+            save(f"epoch-{epoch:03d}-{val_loss:.4f}.safetensors")
+            for path in sorted(Path(config.out).glob("epoch-*.safetensors"), key=val_loss_of)[3:]:
+                path.unlink()
+        interrupted = run.wants_to_stop() or 0 < config.stop_after <= epoch < config.epochs
+        over = interrupted or epoch == config.epochs or 0 < config.patience <= waited
+        if over or time.perf_counter() - last_saved > 60:
+            save("last.safetensors")
+            last_saved = time.perf_counter()
+        if interrupted:
+            run.leave(f"epoch {epoch} of phase 2")
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Everything together
+# ------------------------------------------------------------------------------------------------
+
+
+def generate(model: NewLLM, text: str, max_new_tokens: int = 200, **how) -> str:
+    """The model's answer to one message; `how` as in NewLLM.generate(), greedy if not given."""
+    tokenizer = Tokenizer()
+    question = torch.tensor([tokenizer.question(text)], device=model.embed.weight.device)
+    ids = model.eval().generate(question, max_new_tokens, eos_token_id=IM_END, **how)
+    return tokenizer.text([i for i in ids[0, question.shape[1]:].tolist() if i != IM_END]).strip()
+
+
+def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
+    """Print dialogues as the model sees them, targets in green, or in [brackets] in a file."""
+    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() or in_notebook() else ("[", "]")
+    for number, d in enumerate(dialogues, 1):
+        print(f"--- dialogue {number}: {len(d.ids)} tokens, {targets([d])} of them targets")
+        for target, pairs in itertools.groupby(zip(d.mask.tolist(), d.ids.tolist()), key=lambda p: p[0]):
+            text = tokenizer.text([i for _, i in pairs])
+            print(on + text + off if target else text, end="")
+
+
+def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optional[NewLLM], dict]:
+    """Both phases. Returns the model and the figures of its last epoch."""
+    torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
+    out, tokenizer = Path(config.out), Tokenizer()
+    save_tensors(out / ".writable", {}, {})  # better to learn it now than after hours
+    (out / ".writable").unlink(missing_ok=True)
+    train, val = prepare(config, tokenizer)
+    if config.show_data:
+        return show_data(train[:config.show_data], tokenizer), {}
+    run = Run(config, command)
+    model = make_model(config).to(run.device)
+    count = {name: p.numel() for name, p in model.named_parameters()}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"parameters: {trained:,} trained, {sum(count.values()) - trained:,} frozen; "
+        f"{sum(n for name, n in count.items() if 'embed' not in name):,} outside the embeddings; output head "
+        f"tied to the embeddings (untied: {count['embed.weight']:,} more)")
+    if resumed is None and (old := [*out.glob("*.safetensors")]) and rank() == 0:
+        shelf = out / time.strftime("before-%Y%m%d-%H%M%S")
+        shelf.mkdir()
+        for path in old:
+            path.rename(shelf / path.name)
+        say(f"checkpoints of an earlier run were moved to {shelf}")
+    phase = resumed[1]["phase"] if resumed else 1
+    if phase == 2:
+        model.load_state_dict(part_of(resumed[0], "model."))
+        states = [None] * len(train) if config.joint else all_states(run, model, train, config.cache_gb)
+    else:
+        states = phase1(run, model, train, val, resumed) if config.iterations or not config.joint else []
+    contexts = model.contexts(torch.cat([s for s in states if s is not None] or [torch.eye(config.context_dim)]))
+    if config.joint:
+        states = [None] * len(train)
+    figures = phase2(run, model, train, val, states, resumed if phase == 2 else None)
+    return model.eval(), figures | dict(tokens=sum(len(d.ids) for d in train),
+                                        effective_rank=effective_rank(contexts))
+
+
+def scaling(config: Config, command: list[str]):
+    """Train a model on each of several numbers of dialogues; fit PPL = A tokens^alpha."""
+    points = []
+    for size in config.scaling.split(","):
+        say(f"\n=== {size} dialogues")
+        _, f = train_model(replace(config, samples=int(size), out=str(Path(config.out) / size)), command)
+        points.append((int(size), f["tokens"], f["val_ppl"], f["val_accuracy"], f["effective_rank"]))
+    say("\ndialogues      tokens    val PPL  accuracy  effective rank")
+    for point in points:
+        say("{:9,d} {:11,d} {:10.1f} {:9.1%} {:15.0%}".format(*point))
+    x, y = (torch.tensor([p[k] for p in points], dtype=torch.float64).log() for k in (1, 2))
+    A = torch.stack((torch.ones_like(x), x), 1)
+    fit = torch.linalg.lstsq(A, y[:, None]).solution[:, 0]
+    r2 = 1 - (y - A @ fit).pow(2).sum() / (y - y.mean()).pow(2).sum()
+    say(f"PPL = {fit[0].exp():.4g} tokens^{fit[1]:.3f}, R^2 = {r2:.3f}")
+
+
+def earlier_run(config: Config, asked: dict) -> tuple[Config, tuple[dict, dict]]:
+    """For --resume: the last checkpoint and its config, with what may change changed."""
+    path = Path(config.out) / "last.safetensors"
+    if not path.exists():
+        raise UserError(f"--resume: there is no {path}; train first, or name the folder with --out")
+    tensors, notes = load_tensors(path)
+    old = Config(**notes["config"])
+    for name, value in asked.items():
+        if name not in MAY_CHANGE and value != getattr(old, name):
+            raise UserError(f"--resume: {path} was trained with {flag_of(name)} {getattr(old, name)}, not "
+                            f"{value}; leave that out, or train anew in another --out")
+    return replace(old, **{k: v for k, v in asked.items() if k in MAY_CHANGE}), (tensors, notes)
+
+
+def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
+    """Train as the options say, which in a notebook are not the kernel's own. Returns the model."""
+    command = argv if argv is not None else [] if in_notebook() else sys.argv[1:]
+    start = time.perf_counter()
+    try:
+        config, asked = parse(command)
+        config, resumed = earlier_run(config, asked) if config.resume else (config, None)
+        if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        changed = [f"{k} {v}" for k, v in asdict(config).items() if v != getattr(Config(), k)]
+        say(f"settings other than the defaults: {', '.join(changed)}")
+        if config.scaling:
+            return scaling(config, command)
+        model, _ = train_model(config, command, resumed)
+        if model is not None and rank() == 0:
+            where = "" if config.out == Config.out else f" --checkpoint {config.out}"
+            print(f"done in {time.perf_counter() - start:.0f} s, checkpoints in {config.out}/\n\n"
+                  f"You: who are you?\nNew-LLM: {generate(model, 'who are you?')}\n\n"
+                  f"chat with it: python chat.py{where}")
+        return model
+    except Stopped as e:
+        say(str(e))
+    except UserError as e:
+        print(f"newllm.py: {e}", file=sys.stderr)
+        if not in_notebook():
+            sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing more was saved")
+    return None
+
+
+if __name__ == "__main__":
+    main()
