@@ -32,7 +32,6 @@ import re
 import signal
 import sys
 import time
-import timeit
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
@@ -95,7 +94,7 @@ class Config:
     batch_tokens: int = option(2048, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
     patience: int = option(3, "epochs without a better validation loss; 0: never stop", least=0)
-    stop_after: int = option(0, "epochs after which to stop, for --resume; 0: run them all", least=0)
+    stop_after: int = option(0, "epochs after which this call stops, for --resume; 0: run them all", least=0)
     cache_gb: float = option(4.0, "GB for the states; if they do not fit, each batch's are recomputed")
     # both phases, and the machine
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
@@ -114,9 +113,9 @@ PRESETS = {
     "small": dict(epochs=60, batch_tokens=64, learning_rate=4e-3, weight_decay=0.0, patience=0,
                   val_samples=20),
     "medium": dict(data="ultrachat", samples=100, num_layers=2, context_dim=256, hidden_dim=512,
-                   epochs=10, dropout=0.3),
+                   epochs=10, dropout=0.3, iterations=8),
     "large": dict(data="ultrachat", samples=1000, num_layers=4, context_dim=512, hidden_dim=1024,
-                  epochs=10, dropout=0.3, max_len=1024, batch_tokens=8192),
+                  epochs=10, dropout=0.3, iterations=8, max_len=1024, batch_tokens=8192),
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "cache_gb",
               "tensorboard"}  # what --resume may be given anew
@@ -641,7 +640,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         for k, layer in enumerate(self.hidden):
             a = torch.cat((a, x), dim=-1) if k and self.token_input_all_layers else a
             a = self.dropout(F.silu(layer(a)))
-        return self.norm(x + self.dropout(self.out(a)).float())
+        return self.dropout(self.norm(x + self.out(a).float()))
 
     def forward(self, input_ids: torch.Tensor, labels: Optional[torch.Tensor] = None,
                 state: Optional[torch.Tensor] = None) -> Output:
@@ -927,13 +926,9 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return (torch.bfloat16, "the GPU has it") if new else (torch.float16, "an older GPU, no bfloat16")
     if device.type == "mps":
         return torch.float32, "safe on mps"
-    fastest = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(1024, 1024, dtype=dtype)
-        fastest[dtype] = min(timeit.repeat(lambda: a @ a, number=1, repeat=4))
-    ratio = fastest[torch.float32] / fastest[torch.bfloat16]
-    return ((torch.bfloat16, "more than twice as fast on this CPU") if ratio > 2 else
-            (torch.float32, "bfloat16 is not twice as fast on this CPU"))
+    if any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")):
+        return torch.bfloat16, "the CPU multiplies it in hardware, at least three times as fast"
+    return torch.float32, "the CPU has no bfloat16 in hardware"
 
 
 class Stopped(Exception):
@@ -1466,7 +1461,7 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
             save(f"epoch-{epoch:03d}-{val_loss:.4f}.safetensors")
             for path in sorted(Path(config.out).glob("epoch-*.safetensors"), key=val_loss_of)[3:]:
                 path.unlink()
-        interrupted = run.wants_to_stop() or 0 < config.stop_after <= epoch < config.epochs
+        interrupted = run.wants_to_stop() or 0 < config.stop_after <= epoch - first and epoch < config.epochs
         over = interrupted or epoch == config.epochs or 0 < config.patience <= waited
         if over or time.perf_counter() - last_saved > 60:
             save("last.safetensors")
@@ -1563,7 +1558,8 @@ def earlier_run(config: Config, asked: dict) -> tuple[Config, tuple[dict, dict]]
         if name not in MAY_CHANGE and value != getattr(old, name):
             raise UserError(f"--resume: {path} was trained with {flag_of(name)} {getattr(old, name)}, not "
                             f"{value}; leave that out, or train anew in another --out")
-    return replace(old, **{k: v for k, v in asked.items() if k in MAY_CHANGE}), (tensors, notes)
+    changes = {"stop_after": 0} | {k: v for k, v in asked.items() if k in MAY_CHANGE}
+    return replace(old, **changes), (tensors, notes)
 
 
 def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:

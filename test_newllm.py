@@ -12,7 +12,6 @@ import os
 import re
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -383,7 +382,7 @@ def test_stopping_and_resuming_changes_nothing(mode):
     args = [*TINY, "--dropout", "0.2", *mode]
     whole = losses(run_newllm(*args, "--out", "whole"))
     half = run_newllm(*args, "--out", "half", "--stop-after", "2")
-    rest = run_newllm("--out", "half", "--resume", "--stop-after", "0")
+    rest = run_newllm("--out", "half", "--resume")
     assert "--resume" in half and whole == losses(half) + losses(rest)
 
 
@@ -531,3 +530,265 @@ def test_tensors_of_a_wrong_name_or_shape_are_refused_and_the_true_shape_is_take
     model = newllm.make_model(newllm.parse(["--embeddings", "good.safetensors"])[0])
     assert torch.equal(model.embed.weight[:50257], table) and not model.embed.weight.requires_grad
     assert model.context_embed is None
+
+
+# --- several processes
+
+
+def test_two_processes_train_to_the_losses_of_one():
+    """Each has half of the dialogues, and both together the same batches as one process alone."""
+    args = [*TINY, "--samples", "8", "--phase1-batch", "8", "--batch-tokens", "100000", "--val-samples", "4"]
+    one = losses(run_newllm(*args, "--out", "one", "--cache", "one"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(REPO / "newllm.py"), *args, "--out", "two", "--cache", "two"]
+    environment = os.environ | dict(OMP_NUM_THREADS="1", TIKTOKEN_CACHE_DIR=str(REPO / "data"))
+    said = ""
+    for more in (["--stop-after", "2"], ["--resume"]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        said += done.stdout
+    found = torch.tensor([[[float(v) for v in row] for row in rows] for rows in (one, losses(said))])
+    assert found.shape == (2, 4, 2) and (found[0] - found[1]).abs().max() <= 1e-4
+
+
+# --- the hub, played by a small server on this machine
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as huggingface.co does: repository info, file lists, and files with Range requests."""
+    files, asked = {}, []
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, body, kind="application/json", code=200, **headers):
+        self.send_response(code)
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Repo-Commit": "a" * 40,
+                   "ETag": '"b"', "Accept-Ranges": "bytes"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        wanted = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.reply(json.dumps([dict(type="file", path=p, size=len(b), oid="b") for p, b in self.files.items()
+                               if p in wanted]).encode())
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        name = path.split("/resolve/")[-1].split("/", 1)[-1]
+        if "/resolve/" in path and name in self.files:
+            body, span = self.files[name], re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if not span:
+                return self.reply(body, "application/octet-stream")
+            begin, end = int(span[1]), min(int(span[2] or len(body)), len(body) - 1)
+            Hub.asked.append(end - begin + 1)
+            return self.reply(body[begin:end + 1], "application/octet-stream", 206,
+                              Content_Range=f"bytes {begin}-{end}/{len(body)}")
+        if "/tree/" in path:
+            inside = [dict(type="file", path=p, size=len(b), oid="b") for p, b in self.files.items()]
+            return self.reply(json.dumps(inside).encode())
+        if path.startswith("/api/"):
+            owner_and_name = "/".join(path.split("/")[3:5])
+            return self.reply(json.dumps(dict(
+                id=owner_and_name, sha="a" * 40, private=False, gated=False, disabled=False, downloads=0, likes=0,
+                tags=[], siblings=[dict(rfilename=p) for p in self.files])).encode())
+        self.reply(b'{"error": "not found"}', code=404, X_Error_Code="EntryNotFound")
+
+
+@contextlib.contextmanager
+def hub(files):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Hub.files, Hub.asked = files, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+
+
+def in_new_process(code, endpoint):
+    environment = os.environ | dict(HF_ENDPOINT=endpoint, PYTHONPATH=str(REPO), HF_HOME=str(Path("hf").resolve()),
+                                    TIKTOKEN_CACHE_DIR=str(REPO / "data"), HF_HUB_DISABLE_TELEMETRY="1")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+    return done, time.perf_counter() - start
+
+
+def test_only_the_bytes_of_gpt2s_embeddings_are_downloaded_and_only_once():
+    table = torch.arange(50257 * 768, dtype=torch.float32).view(50257, 768) / 1e7
+    save_file({"h.0.weight": torch.zeros(10_000_000), "wte.weight": table, "z": torch.ones(9)}, "gpt2.safetensors")
+    code = ("import newllm, torch; c = newllm.parse(['--embeddings', 'gpt2'])[0]; m = newllm.make_model(c);"
+            "assert m.embed.weight[50256, 767] == torch.tensor(50257 * 768 - 1.) / 1e7; print('right')")
+    with hub({"model.safetensors": Path("gpt2.safetensors").read_bytes()}) as endpoint:
+        done, _ = in_new_process(code, endpoint)
+        assert done.stdout == "right\n", done.stderr
+        assert table.nbytes <= sum(Hub.asked) < 1.1 * table.nbytes
+    done, _ = in_new_process(code, endpoint)  # the server is gone
+    assert done.stdout == "right\n", done.stderr
+
+
+def test_ultrachat_is_streamed_from_the_hub():
+    lines = (REPO / "data/chats.jsonl").read_bytes().splitlines(keepends=True)
+    files = {"data/train_sft.jsonl": b"".join(lines[:300]), "data/test_sft.jsonl": b"".join(lines[300:350]),
+             "README.md": (b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_sft\n    path:"
+                           b" data/train_sft.jsonl\n  - split: test_sft\n    path: data/test_sft.jsonl\n---\n")}
+    code = ("import newllm; c = newllm.parse(['--data', 'ultrachat', '--samples', '12', '--val-samples', '5'])[0];"
+            "t = newllm.Tokenizer(); a, b = newllm.prepare(c, t); print(len(a), len(b)); print(t.text(a[0].ids.tolist()))")
+    with hub(files) as endpoint:
+        done, _ = in_new_process(code, endpoint)
+    assert "12 5\n<|im_start|>user\nhello<|im_end|>" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("args, want", [(["--data", "ultrachat"], "use the shipped dialogues"),
+                                        (["--embeddings", "gpt2"], "GPT-2's embeddings cannot be downloaded")])
+def test_without_a_network_there_is_one_line_within_seconds(args, want):
+    done, seconds = in_new_process(f"import newllm; newllm.main({args})", "http://127.0.0.1:9")
+    assert done.returncode == 2 and want in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert seconds < 30
+
+
+# --- the comparison: python test_newllm.py --compare DATA.jsonl
+
+
+class Baseline(nn.Module):
+    """A GRU or a pre-norm Transformer in the clothes of NewLLM, so that phase2() trains all alike."""
+
+    def __init__(self, kind, vocab_size, dropout, E=256, state=600, max_len=512):
+        super().__init__()
+        self.kind, self.context_embed, self.dropout = kind, None, nn.Dropout(dropout)
+        self.embed = nn.Embedding(vocab_size, E)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        if kind == "GRU":
+            self.cell, width = nn.GRU(E, state, batch_first=True), state
+        else:  # positions are learned; LayerNorm on the embeddings, without it this model is far worse
+            self.cell, width = nn.ModuleDict(dict(position=nn.Embedding(max_len, E), layers=nn.ModuleList(
+                nn.TransformerEncoderLayer(E, 4, 4 * E, dropout, "gelu", batch_first=True, norm_first=True)
+                for _ in range(2)))), E
+            nn.init.normal_(self.cell["position"].weight, std=0.02)
+        self.out, self.norm = nn.Linear(width, E), nn.LayerNorm(E)
+
+    def states(self, ids, state=None):
+        x = F.layer_norm(self.embed(ids), (self.embed.embedding_dim,))
+        if self.kind == "GRU":
+            return self.cell(self.dropout(x))[0]
+        x = self.dropout(x + self.cell["position"].weight[:ids.shape[1]])
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
+        for layer in self.cell["layers"]:
+            x = layer(x, src_mask=mask, is_causal=True)
+        return x
+
+    def hidden_states(self, ids, states):
+        return self.dropout(self.norm(self.out(self.dropout(states))))
+
+
+def split_file(path, tokens):
+    """Training dialogues of about `tokens` tokens; others to choose with; others to report on; V."""
+    counts = dict(cut=0, dropped=0)
+    everything = list(newllm.tokenise(newllm.read_file(Path(path)), Tokenizer(), 512, counts))
+    parts = [[d for i, d in enumerate(everything) if i % 10 not in (4, 9)], everything[4::10], everything[9::10]]
+    for k, limit in enumerate((tokens, 60_000, 60_000)):
+        ends = torch.tensor([len(d.ids) for d in parts[k]]).cumsum(0)
+        parts[k] = parts[k][:max(1, int((ends <= limit).sum()))]
+    used, new = torch.cat([d.ids for part in parts for d in part]).unique(return_inverse=True)
+    new = iter(new.int().split([len(d.ids) for part in parts for d in part]))
+    return [[newllm.Dialogue(next(new), d.mask) for d in part] for part in parts], len(used)
+
+
+def train_one(kind, dropout, seed, parts, V, epochs, folder, device):
+    """Train one model; the test loss of its best epoch on validation data, and what it took."""
+    train, val, test = parts
+    joint = kind not in ("New-LLM", "New-LLM untrained contexts")
+    config = Config(context_dim=512, hidden_dim=512, dropout=dropout, joint=joint, seed=seed, epochs=epochs,
+                    iterations=8 if kind == "New-LLM" else 0, patience=2, out=str(folder / "out"),
+                    cache=str(folder / "cache"), embeddings="learned", device=device, dtype="float32")
+    for old in (folder / "out").glob("*"):
+        old.unlink()
+    torch.manual_seed(seed)
+    model = (Baseline(kind, V, dropout) if kind in ("GRU", "Transformer") else
+             NewLLM(V, 256, 512, 512, 1, dropout=dropout, separate_context_embedding=not joint))
+    run, start = newllm.Run(config, []), time.perf_counter()
+    model.to(run.device)
+    states = [None] * len(train) if joint else newllm.phase1(run, model, train, val, None)
+    log = []
+    run.log = lambda phase, epoch, **f: log.append((epoch, f["val_loss"]))
+    newllm.phase2(run, model, train, val, states, None)
+    best = min((folder / "out").glob("epoch-*"), key=newllm.val_loss_of)
+    model.load_state_dict(newllm.part_of(newllm.load_tensors(best, "model.")[0], "model."))
+    loss, accuracy = newllm.evaluate(run, newllm.WordLoss(model, joint), test, None)
+    inside = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+    return dict(kind=kind, dropout=dropout, seed=seed, val=newllm.val_loss_of(best), test=loss, accuracy=accuracy,
+                epoch=int(best.name.split("-")[1]), seconds=time.perf_counter() - start, parameters=inside, log=log)
+
+
+def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot):
+    """The table of README's comparison. Dropout and epoch are chosen on validation data."""
+    import tempfile
+    newllm.say, say = (lambda text: None), print
+    parts, V = split_file(path, tokens)
+    count = [sum(len(d.ids) for d in part) for part in parts]
+    say(f"{machine()}\n{path}: {count[0]:,} training tokens ({newllm.targets(parts[0]):,} targets), {count[1]:,} to "
+        f"choose with, {count[2]:,} to report on; {V:,} different tokens; at most {epochs} epochs")
+    rows = []
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            tried = [train_one(kind, d, seeds[0], parts, V, epochs, Path(folder), device) for d in dropouts]
+            best = min(tried, key=lambda r: r["val"])
+            runs = [best] + [train_one(kind, best["dropout"], s, parts, V, epochs, Path(folder), device)
+                             for s in seeds[1:]]
+        test = torch.tensor([r["test"] for r in runs]).exp()
+        state = dict(GRU=(600 * 4,) * 2, Transformer=(2 * 2 * 256 * 4 * 1000, 2 * 2 * 256 * 4 * 100_000)).get(
+            kind, (512 * 4,) * 2)
+        passes = best["epoch"] + (8 if kind == "New-LLM" else 0)
+        say(f"{kind:27s} | test PPL {test.mean():6.1f} (" + ", ".join(f"{v:.1f}" for v in test) + f") | accuracy "
+            f"{sum(r['accuracy'] for r in runs) / len(runs):.1%} | dropout {best['dropout']}, epoch {best['epoch']}, "
+            f"at most {passes * count[0]:,} tokens seen in {best['seconds']:.0f} s | {best['parameters']:,} parameters | "
+            f"memory at token 1,000: {state[0]:,} bytes, at 100,000: {state[1]:,} | all val PPL: " +
+            ", ".join(f"{r['dropout']}: {torch.tensor(r['val']).exp():.1f}" for r in tried))
+        sys.stdout.flush()
+        rows.append((kind, best["log"], best))
+    if plot:
+        try:
+            import matplotlib
+        except ImportError:
+            return say("--plot needs a package: pip install matplotlib")
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        for kind, log, best in rows:
+            first = 8 if kind == "New-LLM" else 0
+            plt.plot([(e + first) * count[0] for e, _ in log], [torch.tensor(v).exp() for _, v in log], "o-", label=kind)
+        plt.xlabel("tokens seen, Phase 1 included")
+        plt.ylabel("validation perplexity")
+        plt.yscale("log")
+        plt.legend()
+        plt.savefig(plot, dpi=120)
+
+
+def machine():
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "CPU") \
+        if Path("/proc/cpuinfo").exists() else "CPU"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else model
+    return f"machine: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
+
+
+if __name__ == "__main__":
+    import argparse
+    parser = argparse.ArgumentParser(description="The benchmark, or with --compare the comparison.")
+    parser.add_argument("--compare", metavar="DATA.jsonl")
+    parser.add_argument("--tokens", type=int, default=100_000, help="training tokens")
+    parser.add_argument("--epochs", type=int, default=8, help="of Phase 2 and of the baselines, at most")
+    parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--models", nargs="+", default=["New-LLM", "New-LLM untrained contexts", "New-LLM joint", "GRU", "Transformer"])
+    parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REPO / "data"))
+    if options.compare:
+        compare(options.compare, options.tokens, options.epochs, options.models, options.dropouts,
+                options.seeds, options.device, options.plot)
