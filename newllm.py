@@ -76,7 +76,7 @@ class Config:
     dropout: float = option(0.0, "share of the token block's units dropped in training", least=0)
     cell: str = option("gated", "original has LayerNorm inside the loop", ("gated", "original"))
     solver: str = option("auto", "how states are found", ("auto", "parallel", "sequential"))
-    tol: float = option(1e-5, "the solver stops when no state moves by more, in units of its own size")
+    tol: float = option(5e-5, "the solver stops when no state moves by more, in units of its own size")
     max_sweeps: int = option(30, "sweeps after which it gives way to the token loop")
     # Phase 1
     iterations: int = option(40, "passes over the data; 0: contexts stay untrained", least=0)
@@ -91,6 +91,7 @@ class Config:
     # Phase 2
     epochs: int = option(40, "passes over the data")
     learning_rate: float = option(2e-3, "AdamW's peak learning rate in Phase 2")
+    embedding_rate: float = option(0.2, "share of it that learned embeddings get; they overfit first")
     batch_tokens: int = option(2048, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
     patience: int = option(3, "epochs without a better validation loss; 0: never stop", least=0)
@@ -110,8 +111,8 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(epochs=60, batch_tokens=64, learning_rate=4e-3, weight_decay=0.0, patience=0,
-                  val_samples=20),
+    "small": dict(epochs=60, batch_tokens=64, learning_rate=4e-3, embedding_rate=1.0,
+                  weight_decay=0.0, patience=0, val_samples=20),
     "medium": dict(data="ultrachat", samples=100, num_layers=2, context_dim=256, hidden_dim=512,
                    epochs=10, dropout=0.3, iterations=8),
     "large": dict(data="ultrachat", samples=1000, num_layers=4, context_dim=512, hidden_dim=1024,
@@ -119,7 +120,7 @@ PRESETS = {
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "cache_gb",
               "tensorboard"}  # what --resume may be given anew
-PHASE_2_ONLY = MAY_CHANGE | {"epochs", "learning_rate", "batch_tokens", "dropout", "dtype", "show_data",
+PHASE_2_ONLY = MAY_CHANGE | {"epochs", "learning_rate", "embedding_rate", "batch_tokens", "dropout", "dtype", "show_data",
                              "scaling", "data", "val_data"}  # what Phase 1's result does not depend on
 
 
@@ -437,7 +438,7 @@ def chunk_length(T: int, device: torch.device) -> int:
 
 
 def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.Tensor] = None,
-          tol: float = 1e-5, max_sweeps: int = 30) -> tuple[torch.Tensor, torch.Tensor, int]:
+          tol: float = 5e-5, max_sweeps: int = 30) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The states that walk() gives, for all chunks of the text side by side.
 
     Cut the text into n chunks and guess the state before each. A sweep walks all of them at once, as
@@ -536,7 +537,7 @@ class HeadLoss(torch.autograd.Function):
         scores = torch.empty(min(rows, len(h)), len(weight), device=h.device)
         product = scores if dtype == torch.float32 else torch.empty_like(scores, dtype=dtype)
         loss, correct = scores.new_zeros(()), torch.zeros((), dtype=torch.long, device=h.device)
-        grad_h, grad_W = torch.empty_like(h), None
+        grad_h, grad_W = torch.empty_like(h), torch.zeros_like(weight) if wants_weight else None
         for h_part, y, grad_part in zip(h.split(rows), targets.split(rows), grad_h.split(rows)):
             n, h_part = len(y), h_part.to(dtype)
             z = scores[:n].copy_(torch.mm(h_part, W.t(), out=product[:n]))
@@ -547,9 +548,10 @@ class HeadLoss(torch.autograd.Function):
                 z.exp_().scatter_add_(1, y[:, None], -torch.ones_like(y, dtype=z.dtype)[:, None])
                 g = product[:n].copy_(z)
                 grad_part.copy_(g @ W)
-                if wants_weight:
-                    share = (g.t() @ h_part).to(weight.dtype)
-                    grad_W = share if grad_W is None else grad_W.add_(share)
+                if wants_weight and dtype == weight.dtype:
+                    grad_W.addmm_(g.t(), h_part)
+                elif wants_weight:  # sums of bfloat16 products stay in float32
+                    grad_W += g.t() @ h_part
         ctx.save_for_backward(grad_h, grad_W)
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -575,7 +577,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def __init__(self, vocab_size: int = VOCAB, embed_dim: int = 256, context_dim: int = 128,
                  hidden_dim: int = 256, num_layers: int = 1, token_input_all_layers: bool = False,
-                 dropout: float = 0.0, cell: str = "gated", solver: str = "auto", tol: float = 1e-5,
+                 dropout: float = 0.0, cell: str = "gated", solver: str = "auto", tol: float = 5e-5,
                  max_sweeps: int = 30, separate_context_embedding: bool = False):
         super().__init__()
         V, E, C, H = vocab_size, embed_dim, context_dim, hidden_dim
@@ -944,7 +946,8 @@ class Run:
         self.dtype, reason = pick_dtype(config.dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.writer, self.interrupted = None, False
-        self.pieces = 1  # parts that an optimizer step is computed in, as memory demands
+        # an optimizer step is computed in parts: on a CPU of 8,192 tokens, on a GPU as memory demands
+        self.pieces = -(-config.batch_tokens // 8192) if self.device.type == "cpu" else 1
         say(f"device: {self.device}; states in float32, token block and output head in "
             f"{str(self.dtype)[6:]} ({reason})")
         if config.tensorboard and rank() == 0:
@@ -977,10 +980,14 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def optimizer(self, parameters, learning_rate: float) -> torch.optim.AdamW:
-        learned = [p for p in parameters if p.requires_grad]
-        return torch.optim.AdamW(learned, learning_rate, weight_decay=self.config.weight_decay,
-                                 fused=self.device.type != "mps")
+    def optimizer(self, model: nn.Module, learning_rate: float, embedding_rate: float = 1.0):
+        """AdamW on what is to be learned; embeddings get their share of the learning rate."""
+        groups = [dict(params=[], share=1.0), dict(params=[], share=embedding_rate)]
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                groups["embed" in name]["params"].append(p)
+        return torch.optim.AdamW([g for g in groups if g["params"]], learning_rate,
+                                 weight_decay=self.config.weight_decay, fused=self.device.type != "mps")
 
     def parallel(self, loss: nn.Module) -> nn.Module:
         """The loss itself, or one that averages its gradients over the processes."""
@@ -997,7 +1004,7 @@ class Run:
         """
         warm = min(1.0, (number + 1) / max(1, self.config.warmup))
         for group in optimizer.param_groups:
-            group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            group["lr"] = group["share"] * peak * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         while True:
             try:
                 optimizer.zero_grad(set_to_none=True)
@@ -1017,6 +1024,13 @@ class Run:
                 self.pieces *= 2
                 torch.cuda.empty_cache()
                 say(f"batch size: out of memory, a step is now computed in {self.pieces} parts")
+        if number == 0:
+            memory = "at most 8,192 tokens at once on a CPU"
+            if self.device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info(self.device)
+                peak = torch.cuda.max_memory_allocated(self.device)
+                memory = f"{peak / 2**30:.2f} GiB at the peak, {free / 2**30:.2f} GiB still free"
+            say(f"batch size: a step is computed in {self.pieces} part(s): {memory}")
         self.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]],
                                  self.config.grad_clip)
@@ -1219,7 +1233,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
         p.requires_grad_(any(p is q for q in learned.values()))
     loss = ContextLoss(model, config)
     objective = run.parallel(loss)
-    optimizer = run.optimizer(loss.parameters(), config.phase1_learning_rate)
+    optimizer = run.optimizer(loss, config.phase1_learning_rate)
     batches, start = batches_of(train, -(-config.phase1_batch // world_size())), time.perf_counter()
     steps = global_max(len(batches), run.device)
     first, factor, best, waited, share = 1, 1.0, math.inf, 0, 0.0
@@ -1392,7 +1406,8 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
         model.cell.requires_grad_(False)
         if model.context_embed is not None:
             model.context_embed.requires_grad_(False)
-    objective, optimizer = run.parallel(loss), run.optimizer(model.parameters(), config.learning_rate)
+    objective = run.parallel(loss)
+    optimizer = run.optimizer(model, config.learning_rate, config.embedding_rate)
     rows = rows_of(train, states)
     val_rows = None if config.joint else rows_of(val, all_states(run, model, val, math.inf))
     groups = [[]]  # dialogues without cached states, about as many tokens together

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import chat
 import newllm
-from newllm import (IM_END, IM_START, Cell, Config, HeadLoss, NewLLM, Tokenizer, UserError, solve, walk)
+from newllm import IM_END, IM_START, Cell, Config, HeadLoss, NewLLM, Tokenizer, solve, walk
 
 REPO = Path(newllm.__file__).resolve().parent
 TINY = ("--embeddings learned --embed-dim 32 --context-dim 32 --hidden-dim 64 --val-samples 5 --iterations 4 "
@@ -653,6 +653,251 @@ def test_without_a_network_there_is_one_line_within_seconds(args, want):
     assert seconds < 30
 
 
+def machine():
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "CPU") \
+        if Path("/proc/cpuinfo").exists() else "CPU"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else model
+    return f"machine: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
+
+
+# --- the benchmark: python test_newllm.py
+
+
+def median(function, device, runs=5):
+    """Median seconds of some runs, after a warm-up."""
+    def once():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    first = once()
+    return sorted(once() for _ in range(1 if first > 5 else runs))[(0 if first > 5 else runs // 2)]
+
+
+def sizes(preset):
+    config = newllm.parse([f"--{preset}"])[0]
+    return config.num_layers, config.context_dim, config.hidden_dim
+
+
+def bench_cell(preset, device, E=256):
+    layers, C, H = sizes(preset)
+    torch.manual_seed(0)
+    return Cell(E, C, H, layers, False, "gated").to(device), C
+
+
+@torch.no_grad()
+def bench_contexts(presets, shapes, device, rows):
+    print("\n1. Contexts of B dialogues of T tokens, ms (error: of contexts, against the loop in float64)")
+    print("preset   B      T     loop   solver sweeps  speed-up     auto   nn.GRU  10 Jacobi   error  Jacobi's error")
+    for preset in presets:
+        cell, C = bench_cell(preset, device)
+        exact = bench_cell(preset, device)[0].double()
+        gru = nn.GRU(256, C, batch_first=True).to(device)
+        for B, T in shapes:
+            x = F.layer_norm(torch.randn(B, T, 256, device=device), (256,))
+            u, s0 = cell.token_in(x), torch.zeros(B, C, device=device)
+            work = B * T * sum(p.numel() for p in cell.recurrent())
+            if work > 4e10:
+                print(f"{preset:8s}{B:2d} {T:6,d}   left out: more than {work / 1e9:.0f} billion products")
+                continue
+
+            def jacobi():
+                s = torch.zeros(B, T, C, device=device)
+                for _ in range(10):
+                    s = cell(u, torch.cat((s0[:, None], s[:, :-1]), 1))[0]
+                return s
+            loop = median(lambda: walk(cell, u, s0), device, 3)
+            solver = median(lambda: solve(cell, u, s0), device, 3)
+            states, _, sweeps = solve(cell, u, s0)
+            auto = solver if device.type == "cuda" or B <= 4 else loop
+            n = min(T, 4096)
+            true = walk(exact, exact.token_in(x[:1, :n].double()), s0[:1].double())[0]
+            error, jacobis = (float((F.layer_norm(s[:1, :n].double(), (C,)) - F.layer_norm(true, (C,))).abs().max())
+                              for s in (states, jacobi()))
+            row = dict(preset=preset, B=B, T=T, loop=loop * 1e3, solver=solver * 1e3, sweeps=sweeps, auto=auto * 1e3,
+                       speedup=loop / solver, gru=median(lambda: gru(x), device, 3) * 1e3,
+                       jacobi=median(jacobi, device, 1) * 1e3, error=error, jacobi_error=jacobis)
+            rows.append(dict(table=1) | row)
+            print("{preset:8s}{B:2d} {T:6,d} {loop:8.1f} {solver:8.1f} {sweeps:6d} {speedup:9.1f} {auto:8.1f} {gru:8.1f} "
+                  "{jacobi:10.1f} {error:7.0e} {jacobi_error:15.0e}".format(**row), flush=True)
+
+
+def bench_training(presets, shapes, device, rows):
+    print("\n2. Training the context block, tokens/s forward and backward (cosine: the gradients' to the loop's)")
+    print("preset   B      T    solver      loop    nn.GRU  cosine")
+    for preset in presets:
+        layers, C, H = sizes(preset)
+        gru = nn.GRU(256, C, batch_first=True).to(device)
+        for B, T in shapes:
+            model = NewLLM(500, 256, C, H, layers).to(device)
+            ids, gradients, speed = torch.randint(0, 500, (B, T), device=device), {}, {}
+            weight = torch.randn(B, T, C, device=device)
+
+            def passes():
+                model.zero_grad()
+                (model.contexts(model.states(ids)) * weight).sum().backward()
+            for model.solver in ("parallel", "sequential"):
+                speed[model.solver] = B * T / median(passes, device, 3)
+                gradients[model.solver] = torch.cat([p.grad.flatten() for p in model.cell.parameters()])
+            speed["gru"] = B * T / median(lambda: (gru(model.embed(ids))[0] * weight).sum().backward(), device, 3)
+            row = speed | dict(preset=preset, B=B, T=T, cosine=float(F.cosine_similarity(*(g.double() for g in gradients.values()), dim=0)))
+            rows.append(dict(table=2) | row)
+            print("{preset:8s}{B:2d} {T:6,d} {parallel:9,.0f} {sequential:9,.0f} {gru:9,.0f} {cosine:.6f}".format(**row),
+                  flush=True)
+
+
+def memory_peak():
+    """Bytes that this process has had in memory at most."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def head_once(kind, n, device):
+    """Seconds and extra bytes of one output head, forward and backward; runs in a process of its own."""
+    torch.manual_seed(0)
+    h = torch.randn(n, 256, device=device, requires_grad=True)
+    W = (torch.randn(50304, 256, device=device) * 0.02).requires_grad_()
+    y = torch.randint(0, 50304, (n,), device=device)
+
+    def once():
+        h.grad = W.grad = None
+        if kind == "chunked":
+            HeadLoss.apply(h, W, y)[0].backward()
+        elif kind == "full logits":
+            F.cross_entropy(h @ W.T, y, reduction="sum").backward()
+        else:
+            F.linear_cross_entropy(h, W, y, reduction="sum").backward()
+    (h[:8] @ W[:8].T).sum().backward()  # threads and libraries start outside the measurement
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        once()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux)
+        before = memory_peak()
+        once()
+        peak = memory_peak() - before
+    print(median(once, device, 3), peak)
+
+
+def bench_phase2(preset, device, rows, counts):
+    print(f"\n3. Phase 2 ({preset}, 50,304 tokens to choose from)")
+    layers, C, H = sizes(preset)
+    model = NewLLM(50304, 256, C, H, layers).to(device)
+    ids = torch.randint(0, 50257, (4, 256), device=device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    flat, states = ids[:, :-1].flatten(), torch.randn(1020, C, device=device)
+    for joint in (False, True):
+        loss = newllm.WordLoss(model, joint)
+        args = (ids, mask) if joint else (flat, ids[:, 1:].flatten(), states)
+        seconds = median(lambda: loss(*args)[0].backward(), device, 3)
+        rows.append(dict(table=3, what="joint" if joint else "frozen", tokens_per_s=1020 / seconds))
+        print(f"{'joint' if joint else 'frozen contexts':20s} {1020 / seconds:9,.0f} target tokens/s")
+    for n in counts:
+        for kind in ("chunked", "full logits", *["linear_cross_entropy"] * hasattr(F, "linear_cross_entropy")):
+            done = subprocess.run([sys.executable, __file__, "--head", kind, str(n), "--device", device.type],
+                                  capture_output=True, text=True)
+            if done.returncode:
+                print(f"{kind:20s} {n:6,d} rows: failed, {done.stderr.strip().splitlines()[-1][:80]}")
+                continue
+            seconds, peak = map(float, done.stdout.split())
+            rows.append(dict(table=3, what=kind, rows=n, ms=seconds * 1e3, mib=peak / 2**20))
+            print(f"{kind:20s} {n:6,d} rows {seconds * 1e3:9.0f} ms, {peak / 2**20:7,.0f} MiB extra", flush=True)
+
+
+class CacheTransformer(nn.Module):
+    """A decoder with a key-value cache, to show what New-LLM does not need; about as many parameters."""
+
+    def __init__(self, E=256, layers=2, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(E, 3 * E), nn.Linear(E, E), nn.Linear(E, 4 * E),
+                                                   nn.Linear(4 * E, E)]) for _ in range(layers))
+        self.embed = nn.Embedding(50304, E)
+
+    def step(self, ids, cache):
+        x = self.embed(ids)
+        for (qkv, out, up, down), kv in zip(self.layers, cache):
+            q, *new = (t.view(1, 1, self.heads, -1).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            kv[:] = [torch.cat((old, one), 2) for old, one in zip(kv, new)]
+            x = x + out(F.scaled_dot_product_attention(q, *kv).transpose(1, 2).flatten(2))
+            x = x + down(F.gelu(up(x)))
+        return (x @ self.embed.weight.T).argmax(-1)
+
+
+@torch.no_grad()
+def bench_decoding(device, rows, positions, preset="medium"):
+    print(f"\n4. Decoding token by token ({preset}); beside it a Transformer with a key-value cache")
+    print("at token    New-LLM/s  state bytes  process MiB   Transformer/s  cache bytes")
+    layers, C, H = sizes(preset)
+    model, transformer = NewLLM(50304, 256, C, H, layers).to(device).eval(), CacheTransformer().to(device)
+    text = torch.randint(0, 50257, (1, max(positions)), device=device)
+    for position in positions:
+        state = None
+        for part in text[:, :position].split(4096, 1):
+            state = model.states(part, state)[:, -1]
+
+        def ours():
+            for _ in model.stream(text[:, :1], 50, state=state):
+                pass
+        cache = [[torch.randn(1, 4, position, 64, device=device) for _ in "kv"] for _ in range(2)]
+
+        def theirs():
+            ids = text[:, :1]
+            for _ in range(10):
+                ids = transformer.step(ids, cache)
+        seconds, slow = median(ours, device, 5) / 50, median(theirs, device, 3) / 10
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        size = state.numel() * state.element_size()
+        cached = sum(t.numel() * t.element_size() for kv in cache for t in kv)
+        rows.append(dict(table=4, position=position, tokens_per_s=1 / seconds, state=size, transformer=1 / slow, cache=cached))
+        print(f"{position:8,d} {1 / seconds:12,.0f} {size:12,d} {memory:12,.0f} {1 / slow:15,.0f} {cached:12,d}", flush=True)
+
+
+def bench_original(device, rows, tokens=6400, iterations=10, C=768):
+    """Forward, backward and optimizer step, as often as the original did, in one text."""
+    print(f"\n5. The original's exercise: {tokens:,} tokens, {iterations} iterations of Phase 1, context {C}")
+    for solver in ("sequential", "parallel"):
+        torch.manual_seed(0)
+        model = NewLLM(500, 768, C, 768, 1, solver=solver).to(device)
+        ids = torch.randint(0, 500, (1, tokens), device=device)
+        optimizer, previous, start = torch.optim.AdamW(model.cell.parameters(), 2e-3), None, time.perf_counter()
+        for _ in range(iterations):
+            optimizer.zero_grad()
+            states = model.states(ids, guess=previous)
+            c = model.contexts(states)[0]
+            loss = -(c - c.mean(0)).norm() / tokens
+            if previous is not None:
+                loss = loss + (c - model.contexts(previous)[0]).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            previous = states.detach()
+        float(previous.sum())
+        seconds = time.perf_counter() - start
+        rows.append(dict(table=5, solver=solver, seconds=seconds))
+        print(f"{solver:12s} {seconds:7.1f} s", flush=True)
+
+
+def benchmark(quick, device):
+    print(machine())
+    rows = []
+    torch.set_flush_denormal(True)
+    if quick:
+        bench_contexts(["small"], [(1, 512), (16, 512), (1, 4096)], device, rows)
+        bench_training(["small"], [(1, 512), (16, 512)], device, rows)
+        bench_phase2("small", device, rows, [2048])
+        bench_decoding(device, rows, [1000, 10_000], "small")
+    else:
+        bench_contexts(["small", "medium", "large"], [(b, t) for b in (1, 16) for t in (512, 4096, 32768)], device, rows)
+        bench_training(["small", "medium"], [(1, 512), (16, 512), (1, 4096)], device, rows)
+        bench_phase2("medium", device, rows, [2048, 8192])
+        bench_decoding(device, rows, [1000, 10_000, 100_000])
+        bench_original(device, rows)
+    return rows
+
+
 # --- the comparison: python test_newllm.py --compare DATA.jsonl
 
 
@@ -769,26 +1014,29 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot):
         plt.savefig(plot, dpi=120)
 
 
-def machine():
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "CPU") \
-        if Path("/proc/cpuinfo").exists() else "CPU"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else model
-    return f"machine: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
-
-
 if __name__ == "__main__":
     import argparse
     parser = argparse.ArgumentParser(description="The benchmark, or with --compare the comparison.")
+    parser.add_argument("--quick", action="store_true", help="under a minute")
+    parser.add_argument("--json", metavar="FILE", help="keep the numbers")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--head", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--compare", metavar="DATA.jsonl")
     parser.add_argument("--tokens", type=int, default=100_000, help="training tokens")
     parser.add_argument("--epochs", type=int, default=8, help="of Phase 2 and of the baselines, at most")
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--models", nargs="+", default=["New-LLM", "New-LLM untrained contexts", "New-LLM joint", "GRU", "Transformer"])
+    parser.add_argument("--models", nargs="+", default=["New-LLM", "New-LLM untrained contexts", "New-LLM joint",
+                                                        "GRU", "Transformer"])
     parser.add_argument("--plot", metavar="FILE.png")
-    parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REPO / "data"))
-    if options.compare:
+    if options.head:
+        head_once(options.head[0], int(options.head[1]), newllm.pick_device(options.device))
+    elif options.compare:
         compare(options.compare, options.tokens, options.epochs, options.models, options.dropouts,
                 options.seeds, options.device, options.plot)
+    else:
+        figures = benchmark(options.quick, newllm.pick_device(options.device))
+        if options.json:
+            Path(options.json).write_text(json.dumps(dict(machine=machine(), rows=figures), indent=1))
