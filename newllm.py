@@ -51,15 +51,16 @@ from tqdm import tqdm
 
 
 def option(default, help, choices=None, least=None):
-    """A field of Config: its help gives the unit, `least` the smallest number allowed (default > 0)."""
+    """A field of Config: help gives the unit, `least` the smallest number allowed (default > 0)."""
     return field(default=default, metadata=dict(help=help, choices=choices, least=least))
 
 
 @dataclass
 class Config:
-    """Every setting of a run. A preset changes some of the defaults, the command line any of them."""
+    """Every setting of a run. A preset changes some defaults, the command line any of them."""
     # data
-    data: str = option("data/chats.jsonl", "ultrachat, a Hugging Face name, a .jsonl or a .txt file")
+    data: str = option("data/chats.jsonl",
+                       "ultrachat, a Hugging Face name, a .jsonl or a .txt file")
     val_data: str = option("", "the same kinds; empty: the source's own, else every tenth dialogue")
     samples: int = option(10, "dialogues to train on; 0: all", least=0)
     val_samples: int = option(100, "dialogues to validate on, at most")
@@ -72,11 +73,13 @@ class Config:
     num_layers: int = option(1, "hidden layers of the context block, and of the token block")
     context_dim: int = option(128, "C, numbers in the state")
     hidden_dim: int = option(256, "H, units of a hidden layer")
-    token_input_all_layers: bool = option(False, "feed the token to every layer, not just the first")
+    token_input_all_layers: bool = option(False,
+                                          "feed the token to every layer, not just the first")
     dropout: float = option(0.0, "share of the token block's units dropped in training", least=0)
     cell: str = option("gated", "original has LayerNorm inside the loop", ("gated", "original"))
     solver: str = option("auto", "how states are found", ("auto", "parallel", "sequential"))
-    tol: float = option(5e-5, "the solver stops when no state moves by more, in units of its own size")
+    tol: float = option(5e-5,
+                        "the solver stops when no state moves by more, in units of its own size")
     max_sweeps: int = option(30, "sweeps after which it gives way to the token loop")
     # Phase 1
     iterations: int = option(40, "passes over the data; 0: contexts stay untrained", least=0)
@@ -91,19 +94,23 @@ class Config:
     # Phase 2
     epochs: int = option(40, "passes over the data")
     learning_rate: float = option(2e-3, "AdamW's peak learning rate in Phase 2")
-    embedding_rate: float = option(0.2, "share of it that learned embeddings get; they overfit first")
+    embedding_rate: float = option(0.2,
+                                   "share of it that learned embeddings get; they overfit first")
     batch_tokens: int = option(2048, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
     patience: int = option(3, "epochs without a better validation loss; 0: never stop", least=0)
-    stop_after: int = option(0, "epochs after which this call stops, for --resume; 0: run them all", least=0)
-    cache_gb: float = option(4.0, "GB for the states; if they do not fit, each batch's are recomputed")
+    stop_after: int = option(0, "epochs after which this call stops, for --resume; 0: run them all",
+                             least=0)
+    cache_gb: float = option(4.0,
+                             "GB for the states; if they do not fit, each batch's are recomputed")
     # both phases, and the machine
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
     warmup: int = option(10, "optimizer steps of linear warm-up", least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient")
     seed: int = option(42, "seed of everything random", least=0)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = option("auto", "of token block and head", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "of token block and head",
+                        ("auto", "float32", "bfloat16", "float16"))
     out: str = option("checkpoints", "folder of the checkpoints")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     scaling: str = option("", "sizes such as 50,100,200: train a model on each, fit a power law")
@@ -120,8 +127,9 @@ PRESETS = {
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "cache_gb",
               "tensorboard"}  # what --resume may be given anew
-PHASE_2_ONLY = MAY_CHANGE | {"epochs", "learning_rate", "embedding_rate", "batch_tokens", "dropout", "dtype", "show_data",
-                             "scaling", "data", "val_data"}  # what Phase 1's result does not depend on
+PHASE_2_ONLY = MAY_CHANGE | {"epochs", "learning_rate", "embedding_rate", "batch_tokens",
+                             "dropout", "dtype", "show_data", "scaling",
+                             "data", "val_data"}  # what Phase 1's result does not depend on
 
 
 class UserError(Exception):
@@ -200,8 +208,8 @@ class Tokenizer:
         try:
             base = tiktoken.get_encoding("r50k_base")
         except Exception as e:  # whatever the network or the cache folder does
-            raise UserError(f"tiktoken cannot load r50k_base ({cause(e)}); go online once, or start "
-                            f"in the folder that has newllm.py's data/") from None
+            raise UserError(f"tiktoken cannot load r50k_base ({cause(e)}); go online once, or "
+                            f"start in the folder that has newllm.py's data/") from None
         special = base._special_tokens | {"<|im_start|>": IM_START, "<|im_end|>": IM_END}
         self.bpe = tiktoken.Encoding("r50k_chatml", pat_str=base._pat_str, special_tokens=special,
                                      mergeable_ranks=base._mergeable_ranks)
@@ -211,7 +219,8 @@ class Tokenizer:
 
         encode_ordinary() knows no special tokens: typing "<|im_end|>" gives its nine characters.
         """
-        head, tail = [IM_START] + self.bpe.encode_ordinary(role + "\n"), self.bpe.encode_ordinary("\n")
+        head, tail = ([IM_START] + self.bpe.encode_ordinary(role + "\n"),
+                      self.bpe.encode_ordinary("\n"))
         body, target = self.bpe.encode_ordinary(text) + [IM_END], role == "assistant"
         return head + body + tail, [False] * len(head) + [target] * len(body) + [False] * len(tail)
 
@@ -235,8 +244,8 @@ def messages_of(record: dict, where: str) -> list[tuple[str, str]]:
         turn = turn if isinstance(turn, dict) else {}
         role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES or not isinstance(text, str):
-            raise UserError(f"{where}: " + (f"the {role}'s message has no text" if role in ROLES else
-                                            f"unknown role {role!r}; use {', '.join(ROLES)}"))
+            raise UserError(f"{where}: " + (f"the {role}'s message has no text" if role in ROLES
+                                            else f"unknown role {role!r}; use {', '.join(ROLES)}"))
         pairs.append((ROLES[role], text))
     if not any(role == "assistant" and text for role, text in pairs):
         raise UserError(f"{where}: no assistant message, so nothing to learn from")
@@ -248,9 +257,11 @@ def read_file(path: Path) -> Iterator[str | list[tuple[str, str]]]:
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); give a .jsonl or .txt file") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); "
+                        f"give a .jsonl or .txt file") from None
     except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}); give --data an existing file") from None
+        raise UserError(f"cannot read {path} ({e.strerror}); "
+                        f"give --data an existing file") from None
     if path.suffix != ".jsonl":
         yield text
         return
@@ -286,8 +297,8 @@ def read_hub(name: str, splits: tuple[str, ...]) -> Iterator[list[tuple[str, str
     except UserError:
         raise
     except Exception as e:  # whatever the network does
-        raise UserError(f"cannot read dataset {name} ({cause(e)}); offline, use the shipped dialogues: "
-                        f"--data data/chats.jsonl") from None
+        raise UserError(f"cannot read dataset {name} ({cause(e)}); offline, use the shipped "
+                        f"dialogues: --data data/chats.jsonl") from None
 
 
 class Dialogue(NamedTuple):
@@ -318,7 +329,8 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[list[Dialogue], list[
         val = [] if is_file(config.data) and not held_out else read(
             held_out or config.data, ("test_sft", "validation", "test"), config.val_samples)
         limit = config.samples
-        train = read(config.data, ("train_sft", "train"), limit + (0 if val else limit // 9 + 1) * bool(limit))
+        train = read(config.data, ("train_sft", "train"),
+                     limit + (0 if val else limit // 9 + 1) * bool(limit))
         if not val:  # every tenth, or the last if there are fewer
             last = min(9, len(train) - 1)
             train, val = [d for i, d in enumerate(train) if i % 10 != last], train[last::10]
@@ -326,18 +338,22 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[list[Dialogue], list[
         seen = {d.ids.numpy().tobytes() for d in train}
         val = [d for d in val if d.ids.numpy().tobytes() not in seen][:config.val_samples]
         if not train or not val:
-            raise UserError(f"{config.data}: {len(train)} dialogues to train on and {len(val)} others to "
-                            f"validate on, one of each is needed; see --val-data and --max-len")
+            raise UserError(f"{config.data}: {len(train)} dialogues to train on and {len(val)} "
+                            f"others to validate on, one of each is needed; see --val-data and "
+                            f"--max-len")
         both = train + val
-        save_tensors(path, dict(ids=torch.cat([d.ids for d in both]), mask=torch.cat([d.mask for d in both]),
+        save_tensors(path, dict(ids=torch.cat([d.ids for d in both]),
+                                mask=torch.cat([d.mask for d in both]),
                                 lengths=torch.tensor([len(d.ids) for d in both])),
                      counts | dict(train=len(train)))
     tensors, counts = load_tensors(path)
     lengths, n = tensors["lengths"].tolist(), counts["train"]
-    both = [Dialogue(*pair) for pair in zip(tensors["ids"].split(lengths), tensors["mask"].split(lengths))]
-    say(f"data: {n} dialogues of {config.data}, {sum(lengths[:n]):,} tokens, {targets(both[:n]):,} of them "
-        f"targets; {len(both) - n} held out; {counts['cut']} cut at {config.max_len} tokens, "
-        f"{counts['dropped']} dropped without a target" + " (this process's share)" * (world_size() > 1))
+    both = [Dialogue(*pair)
+            for pair in zip(tensors["ids"].split(lengths), tensors["mask"].split(lengths))]
+    say(f"data: {n} dialogues of {config.data}, {sum(lengths[:n]):,} tokens, {targets(both[:n]):,} "
+        f"of them targets; {len(both) - n} held out; {counts['cut']} cut at {config.max_len} "
+        f"tokens, {counts['dropped']} dropped without a target" +
+        " (this process's share)" * (world_size() > 1))
     return both[:n], both[n:]
 
 
@@ -353,7 +369,8 @@ def tokenise(source, tokenizer: Tokenizer, max_len: int, counts: dict) -> Iterat
         ids, mask = (list(itertools.chain(*column)) for column in zip(*messages))
         counts["cut"] += len(ids) > max_len
         if any(mask[:max_len]):
-            yield Dialogue(torch.tensor(ids[:max_len], dtype=torch.int32), torch.tensor(mask[:max_len]))
+            yield Dialogue(torch.tensor(ids[:max_len], dtype=torch.int32),
+                           torch.tensor(mask[:max_len]))
         else:
             counts["dropped"] += 1
 
@@ -376,10 +393,11 @@ class Cell(nn.Module):
     """One step of the recurrence: (u_t, s_{t-1}) -> s_t, u_t being the token's share of the gates.
 
     s_t = f * s_{t-1} + (1 - f) * i * d keeps |s| <= 1 and forgets, so errors die out; LayerNorm is
-    left to the read-out. kind="original" has it inside the loop: s_t = LayerNorm(f * s_{t-1} + i * d).
+    left to the read-out. kind="original" has it in the loop: s_t = LayerNorm(f * s_{t-1} + i * d).
     """
 
-    def __init__(self, E: int, C: int, H: int, num_layers: int, token_input_all_layers: bool, kind: str):
+    def __init__(self, E: int, C: int, H: int, num_layers: int, token_input_all_layers: bool,
+                 kind: str):
         super().__init__()
         self.kind, self.C = kind, C
         self.token_in = nn.Linear(E, H * (num_layers if token_input_all_layers else 1))
@@ -410,7 +428,7 @@ class Cell(nn.Module):
 
 
 def walk(cell: Cell, u: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token by token: u (B, T, ·), s (B, C) -> states (B, T, C), product of the forget gates (B, C)."""
+    """Token by token: u (B, T, ·), s (B, C) -> states (B, T, C), product of forget gates (B, C)."""
     states, kept = [], torch.ones_like(s)
     for u_t in u.unbind(1):
         s, f = cell(u_t, s)
@@ -441,12 +459,12 @@ def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.T
           tol: float = 5e-5, max_sweeps: int = 30) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The states that walk() gives, for all chunks of the text side by side.
 
-    Cut the text into n chunks and guess the state before each. A sweep walks all of them at once, as
-    one batch of B * n rows. Where a chunk ends elsewhere than the next was guessed to start, the
+    Cut the text into n chunks and guess the state before each. A sweep walks all of them at once,
+    as one batch of B * n rows. Where a chunk ends elsewhere than the next was guessed to start, the
     guesses are corrected together: start_{j+1} = end_j + kept_j * (correction of start_j), a linear
     recurrence, solved by scan(). That is Newton's method on the chunks' borders with the product of
-    the forget gates as Jacobian, parallel in time as in Lim et al. (DEER, ICLR 2024); with chunks of
-    one token it is the sweep with frozen gates. Its fixed point is exactly the walk.
+    the forget gates as Jacobian, parallel in time as in Lim et al. (DEER, ICLR 2024); with chunks
+    of one token it is the sweep with frozen gates. Its fixed point is exactly the walk.
 
     Args:
         u: (B, T, ·) tokens' share of the gates; s0: (B, C) state before the first token.
@@ -524,8 +542,8 @@ class HeadLoss(torch.autograd.Function):
     """Sum of the cross entropies of h W^T, and how many were right, without the (N, V) logits.
 
     h (N, E), weight (V, E), targets (N,) -> loss (), correct (). Loss and gradient are computed
-    chunk by chunk of rows in two buffers of about 64 MiB that are allocated once. The idea is that of
-    Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989).
+    chunk by chunk of rows in two buffers of about 64 MiB that are allocated once. The idea is that
+    of Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989).
     """
 
     @staticmethod
@@ -595,8 +613,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def of(cls, config: Config, embed_dim: int, separate_context_embedding: bool) -> "NewLLM":
-        names = ("context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout", "cell",
-                 "solver", "tol", "max_sweeps")
+        names = ("context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout",
+                 "cell", "solver", "tol", "max_sweeps")
         return cls(embed_dim=embed_dim, separate_context_embedding=separate_context_embedding,
                    **{name: getattr(config, name) for name in names})
 
@@ -615,21 +633,23 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def states(self, input_ids: torch.Tensor, state: Optional[torch.Tensor] = None,
                guess: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """The context block: ids (B, T), state (B, C) or None for zeros -> states (B, T, C), float32.
+        """Context block: ids (B, T), state (B, C) or None for zeros -> states (B, T, C), float32.
 
-        solver="auto": on a CPU the loop wins once some dialogues are walked side by side, on a GPU it
-        never does (table 1 of python test_newllm.py).
+        solver="auto": on a CPU the loop wins once some dialogues are walked side by side, on a GPU
+        it never does (table 1 of python test_newllm.py).
         """
         with torch.autocast(input_ids.device.type, enabled=False):
             u = self.token_share(input_ids)
             s = u.new_zeros(len(u), self.cell.C) if state is None else state.float()
-            wanted = self.solver == "parallel" or self.solver == "auto" and (u.is_cuda or len(u) <= 4)
+            wanted = (self.solver == "parallel" or
+                      self.solver == "auto" and (u.is_cuda or len(u) <= 4))
             if not wanted or self.cell.kind == "original" or u.shape[1] <= 32:
                 return walk(self.cell, u, s)[0]
-            states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess, self.tol, self.max_sweeps,
-                                                       *self.cell.recurrent())
+            states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess, self.tol,
+                                                       self.max_sweeps, *self.cell.recurrent())
             if self.sweeps == 0:
-                say(f"solver: {self.max_sweeps} sweeps did not reach {self.tol}; walked token by token")
+                say(f"solver: {self.max_sweeps} sweeps did not reach {self.tol}; "
+                    f"walked token by token")
             return states
 
     def hidden_states(self, input_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -648,8 +668,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                 state: Optional[torch.Tensor] = None) -> Output:
         """ids (B, T) -> logits (B, T, V) and the state (B, C) after the last token.
 
-        labels (B, T), as Hugging Face has them: not shifted, -100 is ignored. With them the mean loss
-        is returned and no logits are made. state (B, C) goes on where another call ended.
+        labels (B, T), as Hugging Face has them: not shifted, -100 is ignored. With them the mean
+        loss is returned and no logits are made. state (B, C) goes on where another call ended.
         """
         states = self.states(input_ids, state)
         h = self.hidden_states(input_ids, states)
@@ -664,7 +684,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                repetition_penalty: float = 1.0, state: Optional[torch.Tensor] = None
                ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (next token (B,), state (B, C) that has read everything before it), one at a time."""
+        """Yield (next token (B,), state (B, C) that has read all before it), one at a time."""
         seen = torch.zeros(len(input_ids), VOCAB, dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
             seen.scatter_(1, input_ids, True)
@@ -672,14 +692,15 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             state = states
             scores = self.scores(input_ids[:, -1], state)
             if repetition_penalty != 1:
-                punished = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
+                punished = torch.where(scores < 0, scores * repetition_penalty,
+                                       scores / repetition_penalty)
                 scores = torch.where(seen[:, :scores.shape[1]], punished, scores)
             token = sample(scores, temperature, top_k, top_p) if do_sample else scores.argmax(-1)
             yield token, state
             input_ids = token[:, None]
 
     def scores(self, last_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) of the next token after last_ids (B,); padding of the vocabulary excluded."""
+        """Logits (B, V) of the token after last_ids (B,); padding of the vocabulary excluded."""
         scores = F.linear(self.hidden_states(last_ids, state), self.embed.weight).float()
         scores[:, VOCAB_USED:] = -math.inf
         return scores
@@ -725,11 +746,13 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         beams, totals, done = input_ids[:, :0], torch.zeros(1, device=input_ids.device), []
         for length in range(1, max_new_tokens + 1):
             scores = self.scores(last, state).log_softmax(-1) + totals[:, None]
-            best, flat = scores.flatten().topk(min(2 * num_beams, scores.numel()))  # some may be endings
+            best, flat = scores.flatten().topk(min(2 * num_beams, scores.numel()))  # some may end
             parent, token = flat // scores.shape[1], flat % scores.shape[1]
             grown = torch.cat((beams[parent], token[:, None]), 1)
-            ended = torch.zeros_like(token, dtype=torch.bool) if eos_token_id is None else token == eos_token_id
-            done += [(best[k].item() / length, grown[k]) for k in ended[:num_beams].nonzero()[:, 0].tolist()]
+            ended = (torch.zeros_like(token, dtype=torch.bool) if eos_token_id is None
+                     else token == eos_token_id)
+            done += [(best[k].item() / length, grown[k])
+                     for k in ended[:num_beams].nonzero()[:, 0].tolist()]
             keep = (~ended).nonzero()[:num_beams, 0]
             beams, totals, last = grown[keep], best[keep], token[keep]
             if len(done) >= num_beams and max(d[0] for d in done) >= totals[0].item() / length:
@@ -744,7 +767,7 @@ def sample(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -
     scores = scores / max(temperature, 1e-5)
     if top_k:
         scores[scores < scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]] = -math.inf
-    if top_p < 1:  # keep the fewest tokens whose probabilities add up to top_p (Holtzman et al. 2020)
+    if top_p < 1:  # the fewest tokens whose probabilities add up to top_p (Holtzman et al. 2020)
         ordered, index = scores.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         ordered[before >= top_p] = -math.inf
@@ -762,7 +785,8 @@ def make_model(config: Config) -> NewLLM:
             if name == "gpt2":
                 raise
             say(f"embeddings: {e}; learned instead (E = {config.embed_dim}), which costs "
-                f"{VOCAB * config.embed_dim / 1e6:.1f}M more trained parameters and all that GPT-2 knows")
+                f"{VOCAB * config.embed_dim / 1e6:.1f}M more trained parameters and all that "
+                f"GPT-2 knows")
     elif name != "learned":
         table = read_embeddings(Path(name))
     torch.manual_seed(config.seed)
@@ -782,7 +806,8 @@ def read_embeddings(path: Path, tensor: str = "wte.weight") -> torch.Tensor:
         with safe_open(path, "pt") as file:
             name = next((n for n in file.keys() if n in (tensor, "transformer." + tensor)), None)
             if name is None:
-                raise UserError(f"{path} has no tensor {tensor}, only {', '.join(sorted(file.keys())[:4])}")
+                raise UserError(f"{path} has no tensor {tensor}, only "
+                                f"{', '.join(sorted(file.keys())[:4])}")
             shape = tuple(file.get_slice(name).get_shape())
             if shape != (50257, 768):
                 raise UserError(f"{path}: {name} has the shape {shape}, GPT-2's is (50257, 768)")
@@ -806,7 +831,8 @@ def download_gpt2_embeddings(config: Config) -> torch.Tensor:
                 begin, end = entry["data_offsets"]
                 file.seek(8 + size + begin)
                 data = bytearray()
-                with tqdm(total=end - begin, desc=name, unit="B", unit_scale=True, disable=quiet()) as bar:
+                with tqdm(total=end - begin, desc=name, unit="B", unit_scale=True,
+                          disable=quiet()) as bar:
                     while len(data) < end - begin:
                         part = file.read(min(2 ** 23, end - begin - len(data)))
                         if not part:
@@ -880,7 +906,7 @@ def digest(thing) -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict):
-    """Write a .safetensors file, whole or not at all. Raises UserError where it cannot be written."""
+    """Write a .safetensors file, whole or not at all. Raises UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -890,19 +916,20 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict):
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({cause(e)}); free some space, or name another folder "
-                        f"with --out or --cache") from None
+        raise UserError(f"cannot write {path} ({cause(e)}); free some space, or name another "
+                        f"folder with --out or --cache") from None
 
 
 def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict]:
-    """What save_tensors() wrote: tensors whose names begin with prefix, and the notes. Runs no code."""
+    """What save_tensors() wrote: tensors whose names begin with prefix, and notes. Runs no code."""
     try:
         with safe_open(path, "pt") as file:
             notes = json.loads(file.metadata()["newllm"])
-            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}, notes
+            return {name: file.get_tensor(name) for name in file.keys()
+                    if name.startswith(prefix)}, notes
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} is missing, damaged or not New-LLM's ({cause(e)}); delete it or name "
-                        f"another") from None
+        raise UserError(f"{path} is missing, damaged or not New-LLM's ({cause(e)}); delete it or "
+                        f"name another") from None
 
 
 def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -916,7 +943,8 @@ def pick_device(name: str) -> torch.device:
     if name != "auto" and name.split(":")[0] not in found:
         raise UserError(f"--device {name} is not there; this machine has {', '.join(found)}")
     kind = found[0] if name == "auto" else name
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    return (torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda"
+            else torch.device(kind))
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -925,10 +953,12 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return getattr(torch, name), "as asked"
     if device.type == "cuda":
         new = torch.cuda.get_device_capability(device)[0] >= 8
-        return (torch.bfloat16, "the GPU has it") if new else (torch.float16, "an older GPU, no bfloat16")
+        return ((torch.bfloat16, "the GPU has it") if new
+                else (torch.float16, "an older GPU, no bfloat16"))
     if device.type == "mps":
         return torch.float32, "safe on mps"
-    if any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")):
+    if any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
+           for unit in ("amx_tile", "avx512_bf16")):
         return torch.bfloat16, "the CPU multiplies it in hardware, at least three times as fast"
     return torch.float32, "the CPU has no bfloat16 in hardware"
 
@@ -946,7 +976,7 @@ class Run:
         self.dtype, reason = pick_dtype(config.dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.writer, self.interrupted = None, False
-        # an optimizer step is computed in parts: on a CPU of 8,192 tokens, on a GPU as memory demands
+        # an optimizer step is done in parts: on a CPU of 8,192 tokens, on a GPU as memory demands
         self.pieces = -(-config.batch_tokens // 8192) if self.device.type == "cpu" else 1
         say(f"device: {self.device}; states in float32, token block and output head in "
             f"{str(self.dtype)[6:]} ({reason})")
@@ -970,7 +1000,8 @@ class Run:
         return bool(global_sum(torch.tensor(float(self.interrupted), device=self.device)))
 
     def leave(self, where: str):
-        command = " ".join(["python newllm.py", *(a for a in self.command if a != "--resume"), "--resume"])
+        command = " ".join(["python newllm.py", *(a for a in self.command if a != "--resume"),
+                            "--resume"])
         raise Stopped(f"stopped after {where}, everything is saved; go on with: {command}")
 
     def log(self, phase: str, step: int, **values):
@@ -987,24 +1018,27 @@ class Run:
             if p.requires_grad:
                 groups["embed" in name]["params"].append(p)
         return torch.optim.AdamW([g for g in groups if g["params"]], learning_rate,
-                                 weight_decay=self.config.weight_decay, fused=self.device.type != "mps")
+                                 weight_decay=self.config.weight_decay,
+                                 fused=self.device.type != "mps")
 
     def parallel(self, loss: nn.Module) -> nn.Module:
         """The loss itself, or one that averages its gradients over the processes."""
         loss.to(self.device)
         return nn.parallel.DistributedDataParallel(loss) if world_size() > 1 else loss
 
-    def step(self, loss: nn.Module, optimizer, peak: float, progress: float, number: int, split, count):
+    def step(self, loss: nn.Module, optimizer, peak: float, progress: float, number: int,
+             split, count):
         """One optimizer step on the gradient of (sum of losses) / count.
 
-        peak, progress, number: learning rate, how much of the schedule is over (0 to 1), step number.
-        split(pieces) lists the arguments of loss() for each part of the batch. Where a part does not
+        peak, progress, number: learning rate, share of the schedule done (0 to 1), step number.
+        split(pieces) lists the arguments of loss() for each part of the batch. Where one does not
         fit into memory, the batch is cut into twice as many: tokens per step stay what they were.
         Returns the sums over all parts and processes of what loss() returned.
         """
         warm = min(1.0, (number + 1) / max(1, self.config.warmup))
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * peak * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            group["lr"] = (group["share"] * peak * warm * 0.5 *
+                           (1 + math.cos(math.pi * min(1.0, progress))))
         while True:
             try:
                 optimizer.zero_grad(set_to_none=True)
@@ -1019,8 +1053,9 @@ class Run:
                 break
             except torch.OutOfMemoryError:
                 if self.pieces >= 4096:
-                    raise UserError("not even a small part of a batch fits into the device's memory; "
-                                    "lower --hidden-dim or --max-len, or use --device cpu") from None
+                    raise UserError("not even a small part of a batch fits into the device's "
+                                    "memory; lower --hidden-dim or --max-len, or use "
+                                    "--device cpu") from None
                 self.pieces *= 2
                 torch.cuda.empty_cache()
                 say(f"batch size: out of memory, a step is now computed in {self.pieces} parts")
@@ -1038,12 +1073,13 @@ class Run:
         self.scaler.update()
         sums = global_sum(sums).cpu()
         if not math.isfinite(sums[0]):
-            raise UserError(f"the loss is {sums[0]} at step {number}; lower --learning-rate and start anew, "
-                            f"or go on from {best_checkpoint(Path(self.config.out)) or 'the beginning'}")
+            raise UserError(f"the loss is {sums[0]} at step {number}; lower --learning-rate and "
+                            f"start anew, or go on from "
+                            f"{best_checkpoint(Path(self.config.out)) or 'the beginning'}")
         return sums
 
     def save(self, name: str, model: "NewLLM", optimizer, more: dict[str, torch.Tensor], **notes):
-        """A checkpoint: what chatting needs (weights, config, tokenizer) and what resuming needs."""
+        """A checkpoint: all chatting needs (weights, config, tokenizer) and all resuming needs."""
         tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | more
         for k, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{k}.{field}": v for field, v in values.items()}
@@ -1062,7 +1098,8 @@ class Run:
         for key, value in part_of(tensors, "optimizer.").items():
             number, field = key.split(".")
             state.setdefault(int(number), {})[field] = value
-        optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+        optimizer.load_state_dict(dict(state=state,
+                                       param_groups=optimizer.state_dict()["param_groups"]))
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
@@ -1076,8 +1113,9 @@ def val_loss_of(path: Path) -> float:
 
 
 def best_checkpoint(folder: Path) -> Optional[Path]:
-    """What to chat with: the best by validation loss, or the last where training has no patience."""
-    last, best = folder / "last.safetensors", sorted(folder.glob("epoch-*.safetensors"), key=val_loss_of)
+    """What to chat with: the best by validation loss, or the last if training has no patience."""
+    last, best = (folder / "last.safetensors",
+                  sorted(folder.glob("epoch-*.safetensors"), key=val_loss_of))
     if last.exists() and (not best or load_tensors(last, "none")[1]["config"]["patience"] == 0):
         return last
     return best[0] if best else None
@@ -1087,7 +1125,8 @@ def load_model(path: Path, device: str = "cpu") -> tuple["NewLLM", dict]:
     """The model of a checkpoint, ready to chat, and the checkpoint's notes."""
     tensors, notes = load_tensors(path, "model.")
     weights = part_of(tensors, "model.")
-    model = NewLLM.of(Config(**notes["config"]), notes["embed_dim"], "context_embed.weight" in weights)
+    model = NewLLM.of(Config(**notes["config"]), notes["embed_dim"],
+                      "context_embed.weight" in weights)
     model.load_state_dict(weights)
     return model.to(device).eval(), notes
 
@@ -1111,7 +1150,8 @@ def collate(dialogues: list[Dialogue], indices: list[int], device) -> tuple[torc
     """ids (B, T) int64, targets (B, T) bool and real (B, T) bool, which is False on padding."""
     some = [dialogues[i] for i in indices] or [Dialogue(torch.zeros(2), torch.zeros(2))]
     real = pad([torch.full((len(d.ids),), bool(indices)) for d in some], device)
-    return pad([d.ids for d in some], device).long(), pad([d.mask for d in some], device).bool(), real
+    return (pad([d.ids for d in some], device).long(),
+            pad([d.mask for d in some], device).bool(), real)
 
 
 @torch.no_grad()
@@ -1128,7 +1168,7 @@ def all_states(run: Run, model: NewLLM, dialogues: list[Dialogue], room: float, 
 
 
 def effective_rank(contexts: torch.Tensor) -> float:
-    """exp(entropy of the normalised singular values) / C of contexts (N, C) (Roy & Vetterli 2007)."""
+    """exp(entropy of normalised singular values) / C of contexts (N, C) (Roy & Vetterli 2007)."""
     c = contexts[::max(1, len(contexts) // 4096)]
     p = torch.linalg.svdvals(c - c.mean(0))
     p = (p / p.sum()).clamp(min=1e-12)
@@ -1145,7 +1185,7 @@ class ContextLoss(nn.Module):
     def __init__(self, model: NewLLM, config: Config):
         super().__init__()
         self.model, self.config = model, config
-        self.map = nn.Linear(config.context_dim, model.embed.embedding_dim)  # thrown away afterwards
+        self.map = nn.Linear(config.context_dim, model.embed.embedding_dim)  # thrown away later
         self.new_states = []  # of each part of the last batch
 
     def norm(self, c: torch.Tensor) -> torch.Tensor:
@@ -1158,7 +1198,8 @@ class ContextLoss(nn.Module):
         n, C = global_sum(c.new_tensor(len(c))), c.shape[1]
         z = c - global_sum(c.sum(0)) / n
         scatter = global_sum(z.T @ z)
-        return -torch.logdet(torch.eye(C, device=c.device) + scatter / (scatter.trace() / C * eps)) / C
+        return -torch.logdet(torch.eye(C, device=c.device) +
+                             scatter / (scatter.trace() / C * eps)) / C
 
     def contrast(self, c, ids, real, negatives) -> torch.Tensor:
         """InfoNCE (van den Oord et al. 2018), summed: which token comes next, among wrong ones?
@@ -1219,7 +1260,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
         *model.state_dict().values(), *(d.ids for d in train + val))))
     settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
     path = Path(config.cache) / (
-        f"contexts-{digest([settings, content.hexdigest(), run.device.type, rank(), world_size()])}.safetensors")
+        f"contexts-{digest([settings, content.hexdigest(), run.device.type, rank(), world_size()])}"
+        f".safetensors")
     if path.exists() and resumed is None:
         tensors, _ = load_tensors(path)
         model.load_state_dict(part_of(tensors, "model."), strict=False)
@@ -1242,7 +1284,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
         states, best_block = all_states(run, model, train, config.cache_gb), None
         model.solver = solver
         say(f"phase 1: walked {sum(len(d.ids) for d in train):,} tokens one by one in "
-            f"{time.perf_counter() - start:.1f} s; now at most {config.iterations} iterations on all at once")
+            f"{time.perf_counter() - start:.1f} s; now at most {config.iterations} iterations on "
+            f"all at once")
     else:
         tensors, notes = resumed
         run.restore(tensors, notes, model, optimizer)
@@ -1251,16 +1294,19 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
         states = [found.get(str(i)) for i in range(len(train))]
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
     if None in states:
-        say(f"phase 1: --cache-gb {config.cache_gb} holds the states of {len(states) - states.count(None)} of "
-            f"{len(states)} dialogues; the others' are recomputed, and not counted as converged or not")
+        say(f"phase 1: --cache-gb {config.cache_gb} holds the states of "
+            f"{len(states) - states.count(None)} of {len(states)} dialogues; the others' are "
+            f"recomputed, and not counted as converged or not")
     for iteration in range(first, config.iterations + 1):
         start, sums, order = time.perf_counter(), torch.zeros(4), list(range(steps))
         random.Random(f"{config.seed} {iteration}").shuffle(order)
         generator = torch.Generator().manual_seed(config.seed * 10007 + iteration)
-        for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(), leave=False)):
+        for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(),
+                                        leave=False)):
             batch = batches[k] if k < len(batches) else []
             after = gather(torch.cat([train[i].ids[1:] for i in batch] or [torch.zeros(0)]))
-            negatives = after[torch.randperm(len(after), generator=generator)[:config.negatives]].long()
+            negatives = after[torch.randperm(len(after),
+                                             generator=generator)[:config.negatives]].long()
             count = [sum(len(states[i]) for i in batch if states[i] is not None)]
             tokens = int(global_sum(torch.tensor(count, device=run.device)))
 
@@ -1274,7 +1320,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
                         if states[i] is not None:
                             previous[row, :len(states[i])] = states[i].to(run.device)
                             known[row, :len(states[i])] = True
-                    yield ids, real, known, previous, negatives.to(run.device), max(1, tokens), len(after)
+                    yield (ids, real, known, previous, negatives.to(run.device), max(1, tokens),
+                           len(after))
             done = (iteration - 1) * steps + number
             _, cvfp, diversity, converged = run.step(
                 objective, optimizer, factor * config.phase1_learning_rate,
@@ -1285,20 +1332,24 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
                 for i, row in zip(batch[j::len(loss.new_states)], part):
                     if states[i] is not None:
                         states[i] = row[:len(train[i].ids)].cpu().clone()
-        cvfp, share = sums[0].item() / max(1, sums[3].item()), sums[2].item() / max(1, sums[3].item())
+        cvfp, share = (sums[0].item() / max(1, sums[3].item()),
+                       sums[2].item() / max(1, sums[3].item()))
         diversity = sums[1].item() / int(global_sum(torch.tensor(sum(len(d.ids) - 1 for d in train),
                                                                  device=run.device)))
         held_out = loss.held_out(run, val) if config.diversity == "contrast" else diversity
-        contexts = model.contexts(torch.cat([s for s in states if s is not None][:256] or [torch.eye(C)]))
+        contexts = model.contexts(torch.cat([s for s in states if s is not None][:256] or
+                                            [torch.eye(C)]))
         erank = effective_rank(contexts)
-        say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp:.1e} | {config.diversity} "
-            f"{diversity:+.3f}, held out {held_out:+.3f} | effective rank {erank:.0%} | "
-            f"{f'{model.sweeps} sweeps' if model.sweeps else 'loop'} | {time.perf_counter() - start:.1f} s")
-        run.log("phase1", iteration, converged=share, cvfp=cvfp, diversity=diversity, held_out=held_out,
-                effective_rank=erank, sweeps=model.sweeps)
-        settled = share >= 0.95 and waited != 1  # just after a return to the best, nothing is proven
+        say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp:.1e} | "
+            f"{config.diversity} {diversity:+.3f}, held out {held_out:+.3f} | "
+            f"effective rank {erank:.0%} | {f'{model.sweeps} sweeps' if model.sweeps else 'loop'} "
+            f"| {time.perf_counter() - start:.1f} s")
+        run.log("phase1", iteration, converged=share, cvfp=cvfp, diversity=diversity,
+                held_out=held_out, effective_rank=erank, sweeps=model.sweeps)
+        settled = share >= 0.95 and waited != 1  # after a return to the best, nothing is proven
         if held_out < best - 1e-3:
-            best, waited, best_block = held_out, 0, {n: p.detach().clone() for n, p in learned.items()}
+            best, waited, best_block = held_out, 0, {
+                n: p.detach().clone() for n, p in learned.items()}
         else:  # learning for its own sake has begun: shorter steps, once from the best weights
             waited, factor = waited + 1, factor / 4
             if waited == 1 and best_block:
@@ -1310,7 +1361,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
                      | {f"states.{i}": s for i, s in enumerate(states) if s is not None},
                      phase=1, iteration=iteration, progress=[factor, best, waited, share])
             run.leave(f"iteration {iteration} of phase 1")
-        if iteration >= config.min_iterations and settled and (waited or config.diversity != "contrast"):
+        if iteration >= config.min_iterations and settled and (
+                waited or config.diversity != "contrast"):
             break
     for p, value in requires_grad.items():
         p.requires_grad_(value)
@@ -1323,8 +1375,9 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
 
 @torch.no_grad()
 def report(run: Run, model: NewLLM, train: list[Dialogue], states: list, share: float):
-    """Say whether the cache is what a chat will see, and warn of the ways in which contexts fail."""
-    longest = sorted((i for i, s in enumerate(states) if s is not None), key=lambda i: -len(states[i]))[:4]
+    """Say whether the cache is what a chat will see, and warn of ways in which contexts fail."""
+    longest = sorted((i for i, s in enumerate(states) if s is not None),
+                     key=lambda i: -len(states[i]))[:4]
     if not longest:
         return
     walked, sweeps = [], 0
@@ -1334,20 +1387,23 @@ def report(run: Run, model: NewLLM, train: list[Dialogue], states: list, share: 
         walked.append(walk(model.cell, u, s0)[0][0].cpu())
         if model.cell.kind == "gated":
             sweeps = max(sweeps, solve(model.cell, u, s0, None, model.tol, model.max_sweeps)[2])
-    cached, walked = (model.contexts(torch.cat(part)) for part in ([states[i] for i in longest], walked))
-    noise = u.new_empty(256, model.cell.C).normal_(std=torch.cat([states[i] for i in longest]).std().item())
+    cached, walked = (model.contexts(torch.cat(part))
+                      for part in ([states[i] for i in longest], walked))
+    noise = u.new_empty(256, model.cell.C).normal_(
+        std=torch.cat([states[i] for i in longest]).std().item())
     same = F.cosine_similarity(model.cell(u[0, :1].expand(256, -1), noise)[0], noise).mean().item()
     alike = F.normalize(cached, dim=-1).mean(0).pow(2).sum().item()
-    say(f"phase 1: cached contexts differ from the token loop's by {(cached - walked).pow(2).mean():.1e} "
-        f"(mean square; 2 = unrelated); the parallel solver takes {sweeps} sweeps; mean cosine of two "
-        f"contexts {alike:.2f}, of the state before and after a step {same:.2f}")
+    say(f"phase 1: cached contexts differ from the token loop's by "
+        f"{(cached - walked).pow(2).mean():.1e} (mean square; 2 = unrelated); the parallel solver "
+        f"takes {sweeps} sweeps; mean cosine of two contexts {alike:.2f}, of the state before and "
+        f"after a step {same:.2f}")
     if same > 0.95:
         say("warning: identity mapping, the state hardly changes; raise --phase1-learning-rate")
     if alike > 0.95:
         say("warning: global attractor, all contexts are alike; raise --diversity-weight")
     if share < 0.95:
-        say(f"warning: only {share:.0%} of the tokens converged; raise --iterations, or else --context-dim, "
-            f"--hidden-dim or --num-layers")
+        say(f"warning: only {share:.0%} of the tokens converged; raise --iterations, or else "
+            f"--context-dim, --hidden-dim or --num-layers")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1363,7 +1419,7 @@ class WordLoss(nn.Module):
         self.model, self.joint = model, joint
 
     def forward(self, ids, y, states=None):
-        """ids (N,), tokens that follow y (N,), states (N, C); or ids (B, T), mask of targets y (B, T).
+        """ids (N,), next tokens y (N,), states (N, C); or ids (B, T), mask of targets y (B, T).
 
         Returns the sum of losses, how many were right, how many there were.
         """
@@ -1372,12 +1428,13 @@ class WordLoss(nn.Module):
                 states = self.model.states(ids)
             rows = y[:, 1:]
             ids, y, states = ids[:, :-1][rows], ids[:, 1:][rows], states[:, :-1][rows]
-        loss, correct = HeadLoss.apply(self.model.hidden_states(ids, states), self.model.embed.weight, y)
+        loss, correct = HeadLoss.apply(self.model.hidden_states(ids, states),
+                                       self.model.embed.weight, y)
         return loss, correct, correct.new_tensor(len(y))
 
 
 def rows_of(dialogues: list[Dialogue], states: list) -> tuple[torch.Tensor, ...]:
-    """The target tokens of all dialogues whose states are there: ids (N,), y (N,), states (N, C)."""
+    """Target tokens of all dialogues whose states are there: ids (N,), y (N,), states (N, C)."""
     rows = [(d.ids[at], d.ids[at + 1], s[at]) for d, s in zip(dialogues, states) if s is not None
             for at in [d.mask[1:].nonzero()[:, 0]]]
     ids, y, s = (torch.cat(column) for column in zip(*rows)) if rows else torch.zeros(3, 0)
@@ -1398,7 +1455,8 @@ def evaluate(run: Run, loss: WordLoss, dialogues: list[Dialogue], rows) -> tuple
     return value / count, correct / count
 
 
-def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], states: list, resumed) -> dict:
+def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], states: list,
+           resumed) -> dict:
     """Train the token block, and with --joint the context block too; the best epoch's figures."""
     config, device, per = run.config, run.device, max(1, run.config.batch_tokens // world_size())
     loss = WordLoss(model, config.joint)
@@ -1424,7 +1482,7 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
         epoch, step, waited, best, figures = resumed[1]["progress"]
         sums, best = resumed[0]["sums"], math.inf if best is None else best
     elif model.context_embed is not None:
-        model.embed.weight.data.copy_(model.context_embed.weight)  # Phase 1 has learned a good start
+        model.embed.weight.data.copy_(model.context_embed.weight)  # Phase 1 learned a good start
     say(f"phase 2: {targets(train):,} target tokens, {steps} optimizer steps per epoch; " + (
         "context and token block learn together" if config.joint else
         f"contexts frozen, {len(rows[0]):,} of them cached"))
@@ -1454,8 +1512,8 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
                     else:
                         yield collate(train, group[j::pieces], device)[:2]
             done = epoch * steps + step
-            sums += run.step(objective, optimizer, config.learning_rate, done / (config.epochs * steps),
-                             done, split, count)
+            sums += run.step(objective, optimizer, config.learning_rate,
+                             done / (config.epochs * steps), done, split, count)
             step, trained = step + 1, trained + count
             if step < steps and run.wants_to_stop():
                 save("last.safetensors")
@@ -1468,15 +1526,17 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
         epoch, step, sums, waited = epoch + 1, 0, torch.zeros(3), 0 if better else waited + 1
         seconds = time.perf_counter() - start
         say(f"  epoch {epoch:3d}/{config.epochs} | train loss {train_loss:.4f}, PPL "
-            f"{math.exp(min(train_loss, 99)):,.1f}, accuracy {accuracy:.1%} | val loss {val_loss:.4f}, PPL "
-            f"{figures['val_ppl']:,.1f}, accuracy {val_accuracy:.1%} | {trained / seconds:,.0f} tokens/s | "
+            f"{math.exp(min(train_loss, 99)):,.1f}, accuracy {accuracy:.1%} | "
+            f"val loss {val_loss:.4f}, PPL {figures['val_ppl']:,.1f}, accuracy {val_accuracy:.1%} "
+            f"| {trained / seconds:,.0f} tokens/s | "
             f"{seconds * (config.epochs - epoch) / max(1, epoch - first):.0f} s left")
         run.log("phase2", epoch, **figures)
         if better:
             save(f"epoch-{epoch:03d}-{val_loss:.4f}.safetensors")
             for path in sorted(Path(config.out).glob("epoch-*.safetensors"), key=val_loss_of)[3:]:
                 path.unlink()
-        interrupted = run.wants_to_stop() or 0 < config.stop_after <= epoch - first and epoch < config.epochs
+        interrupted = (run.wants_to_stop() or
+                       0 < config.stop_after <= epoch - first and epoch < config.epochs)
         over = interrupted or epoch == config.epochs or 0 < config.patience <= waited
         if over or time.perf_counter() - last_saved > 60:
             save("last.safetensors")
@@ -1504,7 +1564,8 @@ def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() or in_notebook() else ("[", "]")
     for number, d in enumerate(dialogues, 1):
         print(f"--- dialogue {number}: {len(d.ids)} tokens, {targets([d])} of them targets")
-        for target, pairs in itertools.groupby(zip(d.mask.tolist(), d.ids.tolist()), key=lambda p: p[0]):
+        for target, pairs in itertools.groupby(zip(d.mask.tolist(), d.ids.tolist()),
+                                               key=lambda p: p[0]):
             text = tokenizer.text([i for _, i in pairs])
             print(on + text + off if target else text, end="")
 
@@ -1515,6 +1576,9 @@ def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optio
     out, tokenizer = Path(config.out), Tokenizer()
     save_tensors(out / ".writable", {}, {})  # better to learn it now than after hours
     (out / ".writable").unlink(missing_ok=True)
+    if config.data == Config.data and not Path(config.data).exists():
+        config = replace(config, data="ultrachat")
+        say(f"data: no {Config.data} here, as when pasted into a notebook; UltraChat instead")
     train, val = prepare(config, tokenizer)
     if config.show_data:
         return show_data(train[:config.show_data], tokenizer), {}
@@ -1523,8 +1587,8 @@ def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optio
     count = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"parameters: {trained:,} trained, {sum(count.values()) - trained:,} frozen; "
-        f"{sum(n for name, n in count.items() if 'embed' not in name):,} outside the embeddings; output head "
-        f"tied to the embeddings (untied: {count['embed.weight']:,} more)")
+        f"{sum(n for name, n in count.items() if 'embed' not in name):,} outside the embeddings; "
+        f"output head tied to the embeddings (untied: {count['embed.weight']:,} more)")
     if resumed is None and (old := [*out.glob("*.safetensors")]) and rank() == 0:
         shelf = out / time.strftime("before-%Y%m%d-%H%M%S")
         shelf.mkdir()
@@ -1534,10 +1598,13 @@ def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optio
     phase = resumed[1]["phase"] if resumed else 1
     if phase == 2:
         model.load_state_dict(part_of(resumed[0], "model."))
-        states = [None] * len(train) if config.joint else all_states(run, model, train, config.cache_gb)
+        states = ([None] * len(train) if config.joint
+                  else all_states(run, model, train, config.cache_gb))
     else:
-        states = phase1(run, model, train, val, resumed) if config.iterations or not config.joint else []
-    contexts = model.contexts(torch.cat([s for s in states if s is not None] or [torch.eye(config.context_dim)]))
+        states = (phase1(run, model, train, val, resumed)
+                  if config.iterations or not config.joint else [])
+    contexts = model.contexts(torch.cat([s for s in states if s is not None] or
+                                        [torch.eye(config.context_dim)]))
     if config.joint:
         states = [None] * len(train)
     figures = phase2(run, model, train, val, states, resumed if phase == 2 else None)
@@ -1550,8 +1617,10 @@ def scaling(config: Config, command: list[str]):
     points = []
     for size in config.scaling.split(","):
         say(f"\n=== {size} dialogues")
-        _, f = train_model(replace(config, samples=int(size), out=str(Path(config.out) / size)), command)
-        points.append((int(size), f["tokens"], f["val_ppl"], f["val_accuracy"], f["effective_rank"]))
+        _, f = train_model(replace(config, samples=int(size), out=str(Path(config.out) / size)),
+                           command)
+        points.append((int(size), f["tokens"], f["val_ppl"], f["val_accuracy"],
+                       f["effective_rank"]))
     say("\ndialogues      tokens    val PPL  accuracy  effective rank")
     for point in points:
         say("{:9,d} {:11,d} {:10.1f} {:9.1%} {:15.0%}".format(*point))
@@ -1571,8 +1640,9 @@ def earlier_run(config: Config, asked: dict) -> tuple[Config, tuple[dict, dict]]
     old = Config(**notes["config"])
     for name, value in asked.items():
         if name not in MAY_CHANGE and value != getattr(old, name):
-            raise UserError(f"--resume: {path} was trained with {flag_of(name)} {getattr(old, name)}, not "
-                            f"{value}; leave that out, or train anew in another --out")
+            raise UserError(f"--resume: {path} was trained with {flag_of(name)} "
+                            f"{getattr(old, name)}, not {value}; leave that out, or train anew in "
+                            f"another --out")
     changes = {"stop_after": 0} | {k: v for k, v in asked.items() if k in MAY_CHANGE}
     return replace(old, **changes), (tensors, notes)
 

@@ -29,8 +29,8 @@ import newllm
 from newllm import IM_END, IM_START, Cell, Config, HeadLoss, NewLLM, Tokenizer, solve, walk
 
 REPO = Path(newllm.__file__).resolve().parent
-TINY = ("--embeddings learned --embed-dim 32 --context-dim 32 --hidden-dim 64 --val-samples 5 --iterations 4 "
-        "--epochs 4 --device cpu --dtype float32").split()
+TINY = ("--embeddings learned --embed-dim 32 --context-dim 32 --hidden-dim 64 --val-samples 5 "
+        "--iterations 4 --epochs 4 --device cpu --dtype float32").split()
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,8 @@ def losses(output):
 
 
 def write_dialogues(path, pairs):
-    path.write_text("".join(json.dumps(dict(messages=[dict(role="user", content=q), dict(role="assistant", content=a)]))
+    path.write_text("".join(json.dumps(dict(messages=[dict(role="user", content=q),
+                                                      dict(role="assistant", content=a)]))
                             + "\n" for q, a in pairs))
     return path
 
@@ -137,7 +138,8 @@ def test_a_solver_that_does_not_converge_gives_the_exact_states_all_the_same_and
     assert torch.equal(found, walked) and "walked token by token" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [{}, dict(num_layers=3, token_input_all_layers=True), dict(cell="original")])
+@pytest.mark.parametrize("options", [{}, dict(num_layers=3, token_input_all_layers=True),
+                                     dict(cell="original")])
 def test_a_text_in_pieces_gives_what_the_whole_text_gives(options):
     model = tiny(**options).eval()
     ids = torch.randint(0, 200, (2, 150))
@@ -174,7 +176,8 @@ def test_the_output_head_gives_loss_and_gradients_of_cross_entropy_without_makin
     want = F.cross_entropy(logits, y, reduction="sum")
     want.backward()
     assert torch.isclose(loss, want, rtol=1e-5) and correct == (logits.argmax(-1) == y).sum()
-    assert torch.allclose(found[0], h.grad, atol=1e-4) and torch.allclose(found[1], W.grad, atol=1e-4)
+    assert (torch.allclose(found[0], h.grad, atol=1e-4) and
+            torch.allclose(found[1], W.grad, atol=1e-4))
 
 
 def test_labels_mean_what_they_mean_to_hugging_face():
@@ -182,7 +185,8 @@ def test_labels_mean_what_they_mean_to_hugging_face():
     labels = ids.masked_fill(torch.rand(3, 40) < 0.5, -100)
     with torch.no_grad():
         out, logits = model(input_ids=ids, labels=labels), model(ids).logits
-    want = F.cross_entropy(logits[:, :-1].reshape(-1, 200), labels[:, 1:].reshape(-1), ignore_index=-100)
+    want = F.cross_entropy(logits[:, :-1].reshape(-1, 200), labels[:, 1:].reshape(-1),
+                           ignore_index=-100)
     assert torch.isclose(out.loss, want, rtol=1e-4) and out.logits is None and out[0] is out.loss
 
 
@@ -241,8 +245,8 @@ def test_exactly_the_assistants_words_and_their_end_are_targets():
     ids, mask = zip(*(t.message(role, text) for role, text in
                       [("system", "Be kind."), ("user", "Hi!"), ("assistant", "Hello, you.")]))
     ids, mask = sum(ids, []), sum(mask, [])
-    assert t.text(ids) == ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n"
-                           "<|im_start|>assistant\nHello, you.<|im_end|>\n")
+    assert t.text(ids) == ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+                           "Hi!<|im_end|>\n<|im_start|>assistant\nHello, you.<|im_end|>\n")
     assert t.text([i for i, m in zip(ids, mask) if m]) == "Hello, you.<|im_end|>"
 
 
@@ -254,7 +258,8 @@ def test_nobody_can_smuggle_in_a_special_token_by_typing_it():
 def test_shipped_dialogues_are_many_valid_and_held_out_ones_are_others():
     seen = set()
     for name, least in (("chats", 200), ("chats_val", 40)):
-        records = [json.loads(line) for line in (REPO / f"data/{name}.jsonl").read_text("utf-8").splitlines()]
+        records = [json.loads(line) for line in
+                   (REPO / f"data/{name}.jsonl").read_text("utf-8").splitlines()]
         assert len(records) >= least
         for record in records:
             roles = [m["role"] for m in record["messages"]]
@@ -267,7 +272,8 @@ def test_shipped_dialogues_are_many_valid_and_held_out_ones_are_others():
 def test_messages_sharegpt_and_plain_text_are_all_read(tmp_path):
     write_dialogues(tmp_path / "a.jsonl", [(f"question {k}", f"answer {k}") for k in range(30)])
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(dict(conversations=[
-        {"from": "human", "value": f"q{k}"}, {"from": "gpt", "value": f"a{k}"}])) + "\n" for k in range(30)))
+        {"from": "human", "value": f"q{k}"}, {"from": "gpt", "value": f"a{k}"}])) + "\n"
+        for k in range(30)))
     (tmp_path / "c.txt").write_text("All happy families are alike. " * 50)
     for name, train, val in (("a.jsonl", 27, 3), ("b.jsonl", 27, 3), ("c.txt", 9, 1)):
         config = newllm.parse(["--data", name, "--samples", "0", "--max-len", "31"])[0]
@@ -277,15 +283,19 @@ def test_messages_sharegpt_and_plain_text_are_all_read(tmp_path):
 
 
 def test_no_dialogue_is_both_trained_on_and_validated_on(tmp_path):
-    write_dialogues(tmp_path / "twice.jsonl", [("same", "same")] * 30 + [(f"q{k}", "a") for k in range(30)])
-    train, val = newllm.prepare(newllm.parse(["--data", "twice.jsonl", "--samples", "0"])[0], Tokenizer())
+    write_dialogues(tmp_path / "twice.jsonl",
+                    [("same", "same")] * 30 + [(f"q{k}", "a") for k in range(30)])
+    train, val = newllm.prepare(newllm.parse(["--data", "twice.jsonl", "--samples", "0"])[0],
+                                Tokenizer())
     assert not {tuple(d.ids.tolist()) for d in train} & {tuple(d.ids.tolist()) for d in val}
 
 
 def test_long_dialogues_are_cut_those_without_a_target_dropped_and_both_are_counted(tmp_path):
-    pairs = [("word " * 100, "late")] * 2 + [("hi", "word " * 100)] * 3 + [(f"q{k}", "a") for k in range(10)]
+    pairs = ([("word " * 100, "late")] * 2 + [("hi", "word " * 100)] * 3 +
+             [(f"q{k}", "a") for k in range(10)])
     write_dialogues(tmp_path / "long.jsonl", pairs)
-    said = run_newllm("--data", "long.jsonl", "--samples", "0", "--max-len", "50", "--show-data", "1")
+    said = run_newllm("--data", "long.jsonl", "--samples", "0", "--max-len", "50",
+                      "--show-data", "1")
     assert "5 cut at 50 tokens" in said and "2 dropped without a target" in said
 
 
@@ -306,17 +316,20 @@ def small_run(tmp_path_factory):
     before = os.getcwd()
     os.chdir(folder)
     torch.set_num_threads(2)
-    said = run_newllm("--embeddings", "learned", "--embed-dim", "64", "--epochs", "60", "--val-samples", "5",
-                      "--learning-rate", "6e-3", "--device", "cpu", "--dtype", "float32")
+    said = run_newllm("--embeddings", "learned", "--embed-dim", "64", "--epochs", "60",
+                      "--val-samples", "5", "--learning-rate", "6e-3", "--device", "cpu",
+                      "--dtype", "float32")
     os.chdir(before)
     return folder, said
 
 
 def test_it_learns_what_it_is_shown_and_chat_sees_the_same_contexts_as_training(small_run):
     folder, said = small_run
-    records = [json.loads(line) for line in (REPO / "data/chats.jsonl").read_text("utf-8").splitlines()[:10]]
+    records = [json.loads(line) for line in
+               (REPO / "data/chats.jsonl").read_text("utf-8").splitlines()[:10]]
     model, _ = newllm.load_model(newllm.best_checkpoint(folder / "checkpoints"))
-    right = sum(newllm.generate(model, r["prompt"]).split() == r["messages"][1]["content"].split() for r in records)
+    right = sum(newllm.generate(model, r["prompt"]).split() ==
+                r["messages"][1]["content"].split() for r in records)
     accuracy = float(re.findall(r"accuracy ([\d.]+)%", said)[-2])
     assert right >= 8 and accuracy >= 95, (right, accuracy)
 
@@ -339,15 +352,18 @@ def test_cached_contexts_are_those_that_a_chat_will_see(small_run):
 def test_a_second_run_skips_phase_1(small_run, monkeypatch):
     folder, first = small_run
     monkeypatch.chdir(folder)
-    torch.set_num_threads(2)  # as in the first run: rounding, and so the initial weights, depend on it
-    said = run_newllm("--embeddings", "learned", "--embed-dim", "64", "--epochs", "1", "--val-samples", "5",
-                      "--learning-rate", "6e-3", "--device", "cpu", "--dtype", "float32", "--out", "second")
+    torch.set_num_threads(2)  # as in the first run: the initial weights depend on it, by rounding
+    said = run_newllm("--embeddings", "learned", "--embed-dim", "64", "--epochs", "1",
+                      "--val-samples", "5", "--learning-rate", "6e-3", "--device", "cpu",
+                      "--dtype", "float32", "--out", "second")
     assert "phase 1: done before" in said and "iteration" not in said and "iteration" in first
 
 
-def test_chat_goes_on_from_its_state_streams_whole_characters_and_ends(small_run, monkeypatch, capsys):
+def test_chat_goes_on_from_its_state_streams_whole_characters_and_ends(small_run, monkeypatch,
+                                                                       capsys):
     folder, _ = small_run
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/stats\ntell me a joke\n/stats\n/reset\n/quit\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(
+        "hello\n/stats\ntell me a joke\n/stats\n/reset\n/quit\n"))
     chat.main(["--checkpoint", str(folder / "checkpoints"), "--temperature", "0"])
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("Hello! I am New-LLM") and said[-1] == "forgotten"
@@ -369,11 +385,13 @@ def test_a_conversation_in_turns_leaves_the_state_that_the_whole_text_leaves(sma
     whole = sum((t.message(role, text)[0] for role, text in zip(
         ("user", "assistant") * 2, ("hello", answers[0], "who are you?", answers[1]))), [])
     left = torch.tensor([talk.unread])
-    assert (model.states(left, talk.state)[:, -1] - model.states(torch.tensor([whole]))[:, -1]).abs().max() < 1e-4
+    assert (model.states(left, talk.state)[:, -1] -
+            model.states(torch.tensor([whole]))[:, -1]).abs().max() < 1e-4
 
 
 def test_the_same_seed_gives_the_same_losses_to_the_last_digit():
-    first, second = (losses(run_newllm(*TINY, "--dropout", "0.2", "--cache", name)) for name in "ab")
+    first, second = (losses(run_newllm(*TINY, "--dropout", "0.2", "--cache", name))
+                     for name in "ab")
     assert first == second and len(first) == 4
 
 
@@ -398,7 +416,8 @@ def test_ctrl_c_saves_in_either_phase_and_the_run_goes_on_to_the_same_losses():
             patch.setattr(newllm, "say", interrupt_at)
             said = run_newllm(*TINY, "--out", "stopped", "--cache", f"cache{cache}")
         assert "go on with: python newllm.py" in said
-        found.append(losses(said) + losses(run_newllm("--out", "stopped", "--resume", "--cache", f"cache{cache}")))
+        found.append(losses(said) + losses(run_newllm("--out", "stopped", "--resume",
+                                                      "--cache", f"cache{cache}")))
     assert found == [whole, whole]
 
 
@@ -416,17 +435,20 @@ def test_an_earlier_runs_checkpoints_are_not_lost():
     assert {p.name for p in Path("checkpoints").glob("before-*/*")} == before
 
 
-@pytest.mark.parametrize("args", [["--joint"], ["--cell", "original"], ["--diversity", "norm"], ["--solver", "parallel"],
-                                  ["--diversity", "logdet"], ["--cache-gb", "0.00001"], ["--iterations", "0"],
-                                  ["--num-layers", "3", "--token-input-all-layers"], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize("args", [
+    ["--joint"], ["--cell", "original"], ["--diversity", "norm"], ["--solver", "parallel"],
+    ["--diversity", "logdet"], ["--cache-gb", "0.00001"], ["--iterations", "0"],
+    ["--num-layers", "3", "--token-input-all-layers"], ["--dtype", "bfloat16"]])
 def test_every_way_of_training_learns(args):
     found = losses(run_newllm(*TINY, *args, "--learning-rate", "1e-2"))
     assert float(found[-1][0]) < float(found[0][0])
 
 
 def test_both_solvers_train_to_the_same_losses():
-    found = [losses(run_newllm(*TINY, "--joint", "--solver", s, "--max-len", "60")) for s in ("parallel", "sequential")]
-    assert torch.allclose(*(torch.tensor([[float(v) for v in row] for row in f]) for f in found), atol=2e-3)
+    found = [losses(run_newllm(*TINY, "--joint", "--solver", s, "--max-len", "60"))
+             for s in ("parallel", "sequential")]
+    assert torch.allclose(*(torch.tensor([[float(v) for v in row] for row in f]) for f in found),
+                          atol=2e-3)
 
 
 def test_scaling_trains_one_model_per_size_and_fits_a_power_law():
@@ -439,7 +461,8 @@ def test_pasted_into_a_notebook_it_runs_whatever_the_kernels_own_options_are(mon
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "/some/kernel.json"])
     source = (REPO / "newllm.py").read_text("utf-8")
     assert "__file__" not in source
-    fast = source.replace('PRESETS = {\n    "small": dict(epochs=60,', 'PRESETS = {\n    "small": dict(epochs=1, iterations=1,')
+    fast = source.replace('PRESETS = {\n    "small": dict(epochs=60,',
+                          'PRESETS = {\n    "small": dict(epochs=1, iterations=1,')
     assert fast != source
     cell = dict(__name__="__main__")
     import types
@@ -460,18 +483,22 @@ def bad_file(text, name="bad.jsonl"):
     return ["--data", name]
 
 
-GOOD = json.dumps(dict(messages=[dict(role="user", content="q"), dict(role="assistant", content="a")])) + "\n"
+GOOD = json.dumps(dict(messages=[dict(role="user", content="q"),
+                                 dict(role="assistant", content="a")])) + "\n"
 BAD = {
     "a missing file": (lambda: ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "broken JSON": (lambda: bad_file(GOOD + "{oops\n"), "line 2 is not JSON"),
     "an unknown role": (lambda: bad_file(GOOD.replace("user", "wizard")), "unknown role 'wizard'"),
     "an empty dialogue": (lambda: bad_file('{"messages": []}'), "line 1: an empty dialogue"),
-    "no assistant message": (lambda: bad_file(GOOD.replace("assistant", "user")), "no assistant message"),
+    "no assistant message": (lambda: bad_file(GOOD.replace("assistant", "user")),
+                             "no assistant message"),
     "no messages": (lambda: bad_file('{"text": "hi"}'), "no list called messages"),
     "a binary file": (lambda: bad_file(b"\x00\xff\xfe\x80" * 50), "is not UTF-8 text"),
     "an empty file": (lambda: bad_file(""), "0 dialogues to train on"),
-    "a checkpoint folder that cannot be": (lambda: bad_file(GOOD, "file")[:0] + ["--out", "file/x"], "cannot write"),
-    "resume without a checkpoint": (lambda: ["--resume"], "there is no checkpoints/last.safetensors"),
+    "a checkpoint folder that cannot be": (lambda: bad_file(GOOD, "file")[:0] + ["--out", "file/x"],
+                                           "cannot write"),
+    "resume without a checkpoint": (lambda: ["--resume"],
+                                    "there is no checkpoints/last.safetensors"),
     "zero layers": (lambda: ["--num-layers", "0"], "--num-layers 0"),
     "a negative size": (lambda: ["--context-dim=-4"], "--context-dim -4"),
     "no number": (lambda: ["--hidden-dim", "many"], "invalid int value: 'many'"),
@@ -480,9 +507,11 @@ BAD = {
     "an unknown preset": (lambda: ["--huge"], "unrecognized arguments: --huge"),
     "two presets": (lambda: ["--small", "--medium"], "not allowed with"),
     "an unknown cell": (lambda: ["--cell", "lstm"], "invalid choice: 'lstm'"),
-    "the original cell in parallel": (lambda: ["--cell", "original", "--solver", "parallel"], "LayerNorm inside the loop"),
+    "the original cell in parallel": (lambda: ["--cell", "original", "--solver", "parallel"],
+                                      "LayerNorm inside the loop"),
     "one size to scale over": (lambda: ["--scaling", "50"], "two sizes or more"),
-    "an absent GPU": (lambda: ["--device", "cuda:9" if not torch.cuda.is_available() else "mps"], "is not there"),
+    "an absent GPU": (lambda: ["--device", "cuda:9" if not torch.cuda.is_available() else "mps"],
+                      "is not there"),
     "missing embeddings": (lambda: ["--embeddings", "none.safetensors"], "none.safetensors"),
 }
 
@@ -491,7 +520,8 @@ BAD = {
 def test_bad_input_gets_one_clear_line_and_exit_code_2(what):
     args, want = BAD[what]
     said = run_newllm(*args(), code=2)
-    assert want in said and said.count("\n") == 1 and said.startswith("newllm.py: ") and len(said) < 500
+    assert (want in said and said.count("\n") == 1 and said.startswith("newllm.py: ") and
+            len(said) < 500)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line():
@@ -516,7 +546,8 @@ def test_chat_without_a_checkpoint_says_how_to_make_one(capsys):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint():
-    said = run_newllm(*TINY, "--learning-rate", "1e30", "--grad-clip", "1e30", "--weight-decay", "0", code=2)
+    said = run_newllm(*TINY, "--learning-rate", "1e30", "--grad-clip", "1e30",
+                      "--weight-decay", "0", code=2)
     assert "the loss is" in said and "step" in said
 
 
@@ -537,17 +568,19 @@ def test_tensors_of_a_wrong_name_or_shape_are_refused_and_the_true_shape_is_take
 
 def test_two_processes_train_to_the_losses_of_one():
     """Each has half of the dialogues, and both together the same batches as one process alone."""
-    args = [*TINY, "--samples", "8", "--phase1-batch", "8", "--batch-tokens", "100000", "--val-samples", "4"]
+    args = [*TINY, "--samples", "8", "--phase1-batch", "8", "--batch-tokens", "100000",
+            "--val-samples", "4"]
     one = losses(run_newllm(*args, "--out", "one", "--cache", "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(REPO / "newllm.py"), *args, "--out", "two", "--cache", "two"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(REPO / "newllm.py"), *args, "--out", "two", "--cache", "two"]
     environment = os.environ | dict(OMP_NUM_THREADS="1", TIKTOKEN_CACHE_DIR=str(REPO / "data"))
     said = ""
     for more in (["--stop-after", "2"], ["--resume"]):
         done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         said += done.stdout
-    found = torch.tensor([[[float(v) for v in row] for row in rows] for rows in (one, losses(said))])
+    found = torch.tensor([[[float(v) for v in row] for row in rows]
+                          for rows in (one, losses(said))])
     assert found.shape == (2, 4, 2) and (found[0] - found[1]).abs().max() <= 1e-4
 
 
@@ -555,7 +588,7 @@ def test_two_processes_train_to_the_losses_of_one():
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as huggingface.co does: repository info, file lists, and files with Range requests."""
+    """Answers as huggingface.co does: repository info, file lists, files with Range requests."""
     files, asked = {}, []
 
     def log_message(self, *_):
@@ -563,8 +596,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def reply(self, body, kind="application/json", code=200, **headers):
         self.send_response(code)
-        headers = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Repo-Commit": "a" * 40,
-                   "ETag": '"b"', "Accept-Ranges": "bytes"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)),
+                   "X-Repo-Commit": "a" * 40, "ETag": '"b"', "Accept-Ranges": "bytes"} | {
+            k.replace("_", "-"): v for k, v in headers.items()}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -576,14 +610,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         wanted = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.reply(json.dumps([dict(type="file", path=p, size=len(b), oid="b") for p, b in self.files.items()
-                               if p in wanted]).encode())
+        self.reply(json.dumps([dict(type="file", path=p, size=len(b), oid="b")
+                               for p, b in self.files.items() if p in wanted]).encode())
 
     def do_GET(self):
         path = self.path.split("?")[0]
         name = path.split("/resolve/")[-1].split("/", 1)[-1]
         if "/resolve/" in path and name in self.files:
-            body, span = self.files[name], re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            body, span = (self.files[name],
+                          re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")))
             if not span:
                 return self.reply(body, "application/octet-stream")
             begin, end = int(span[1]), min(int(span[2] or len(body)), len(body) - 1)
@@ -591,13 +626,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.reply(body[begin:end + 1], "application/octet-stream", 206,
                               Content_Range=f"bytes {begin}-{end}/{len(body)}")
         if "/tree/" in path:
-            inside = [dict(type="file", path=p, size=len(b), oid="b") for p, b in self.files.items()]
+            inside = [dict(type="file", path=p, size=len(b), oid="b")
+                      for p, b in self.files.items()]
             return self.reply(json.dumps(inside).encode())
         if path.startswith("/api/"):
             owner_and_name = "/".join(path.split("/")[3:5])
             return self.reply(json.dumps(dict(
-                id=owner_and_name, sha="a" * 40, private=False, gated=False, disabled=False, downloads=0, likes=0,
-                tags=[], siblings=[dict(rfilename=p) for p in self.files])).encode())
+                id=owner_and_name, sha="a" * 40, private=False, gated=False, disabled=False,
+                downloads=0, likes=0, tags=[],
+                siblings=[dict(rfilename=p) for p in self.files])).encode())
         self.reply(b'{"error": "not found"}', code=404, X_Error_Code="EntryNotFound")
 
 
@@ -613,18 +650,22 @@ def hub(files):
 
 
 def in_new_process(code, endpoint):
-    environment = os.environ | dict(HF_ENDPOINT=endpoint, PYTHONPATH=str(REPO), HF_HOME=str(Path("hf").resolve()),
-                                    TIKTOKEN_CACHE_DIR=str(REPO / "data"), HF_HUB_DISABLE_TELEMETRY="1")
+    environment = os.environ | dict(
+        HF_ENDPOINT=endpoint, PYTHONPATH=str(REPO), HF_HOME=str(Path("hf").resolve()),
+        TIKTOKEN_CACHE_DIR=str(REPO / "data"), HF_HUB_DISABLE_TELEMETRY="1")
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=environment, timeout=100)
     return done, time.perf_counter() - start
 
 
 def test_only_the_bytes_of_gpt2s_embeddings_are_downloaded_and_only_once():
     table = torch.arange(50257 * 768, dtype=torch.float32).view(50257, 768) / 1e7
-    save_file({"h.0.weight": torch.zeros(10_000_000), "wte.weight": table, "z": torch.ones(9)}, "gpt2.safetensors")
-    code = ("import newllm, torch; c = newllm.parse(['--embeddings', 'gpt2'])[0]; m = newllm.make_model(c);"
-            "assert m.embed.weight[50256, 767] == torch.tensor(50257 * 768 - 1.) / 1e7; print('right')")
+    save_file({"h.0.weight": torch.zeros(10_000_000), "wte.weight": table, "z": torch.ones(9)},
+              "gpt2.safetensors")
+    code = ("import newllm, torch; c = newllm.parse(['--embeddings', 'gpt2'])[0]; "
+            "m = newllm.make_model(c);assert m.embed.weight[50256, 767] == "
+            "torch.tensor(50257 * 768 - 1.) / 1e7; print('right')")
     with hub({"model.safetensors": Path("gpt2.safetensors").read_bytes()}) as endpoint:
         done, _ = in_new_process(code, endpoint)
         assert done.stdout == "right\n", done.stderr
@@ -635,29 +676,51 @@ def test_only_the_bytes_of_gpt2s_embeddings_are_downloaded_and_only_once():
 
 def test_ultrachat_is_streamed_from_the_hub():
     lines = (REPO / "data/chats.jsonl").read_bytes().splitlines(keepends=True)
-    files = {"data/train_sft.jsonl": b"".join(lines[:300]), "data/test_sft.jsonl": b"".join(lines[300:350]),
-             "README.md": (b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_sft\n    path:"
-                           b" data/train_sft.jsonl\n  - split: test_sft\n    path: data/test_sft.jsonl\n---\n")}
-    code = ("import newllm; c = newllm.parse(['--data', 'ultrachat', '--samples', '12', '--val-samples', '5'])[0];"
-            "t = newllm.Tokenizer(); a, b = newllm.prepare(c, t); print(len(a), len(b)); print(t.text(a[0].ids.tolist()))")
+    files = {"data/train_sft.jsonl": b"".join(lines[:300]),
+             "data/test_sft.jsonl": b"".join(lines[300:350]),
+             "README.md": (b"---\nconfigs:\n- config_name: default\n  data_files:\n"
+                           b"  - split: train_sft\n    path: data/train_sft.jsonl\n"
+                           b"  - split: test_sft\n    path: data/test_sft.jsonl\n---\n")}
+    code = ("import newllm; c = newllm.parse(['--data', 'ultrachat', '--samples', '12', "
+            "'--val-samples', '5'])[0];t = newllm.Tokenizer(); a, b = newllm.prepare(c, t); "
+            "print(len(a), len(b)); print(t.text(a[0].ids.tolist()))")
     with hub(files) as endpoint:
         done, _ = in_new_process(code, endpoint)
     assert "12 5\n<|im_start|>user\nhello<|im_end|>" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("args, want", [(["--data", "ultrachat"], "use the shipped dialogues"),
-                                        (["--embeddings", "gpt2"], "GPT-2's embeddings cannot be downloaded")])
+@pytest.mark.parametrize("args, want", [
+    (["--data", "ultrachat"], "use the shipped dialogues"),
+    (["--embeddings", "gpt2"], "GPT-2's embeddings cannot be downloaded")])
 def test_without_a_network_there_is_one_line_within_seconds(args, want):
     done, seconds = in_new_process(f"import newllm; newllm.main({args})", "http://127.0.0.1:9")
-    assert done.returncode == 2 and want in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert (done.returncode == 2 and want in done.stderr and
+            done.stderr.count("\n") == 1), done.stderr
     assert seconds < 30
 
 
+EASY_QUESTIONS = [  # none of them is in the shipped dialogues; there are no right answers to compare with
+    "why is snow white?", "how do i make a sandwich?", "what is 3 + 5?", "can you recommend a hobby?",
+    "what do cows eat?", "what is a river?", "how can i sleep better tonight?", "who made you?",
+    "give me three ideas for dinner", "what does a teacher do?", "are you smarter than me?",
+    "what is the opposite of cold?", "how many days are in two weeks?", "i feel sad today",
+    "what is a computer mouse?", "how do i clean a window?", "why do dogs wag their tails?",
+    "write a short poem about the moon", "what will i eat tomorrow?", "have a nice evening"]
+
+
+def ask(folder):
+    """Print what a checkpoint answers to easy questions that it has not seen, greedily."""
+    model, _ = newllm.load_model(newllm.best_checkpoint(Path(folder)))
+    for question in EASY_QUESTIONS:
+        print(f"You: {question}\nNew-LLM: {newllm.generate(model, question)}", flush=True)
+
+
 def machine():
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "CPU") \
-        if Path("/proc/cpuinfo").exists() else "CPU"
+    model = (next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+                   if "model name" in line), "CPU") if Path("/proc/cpuinfo").exists() else "CPU")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else model
-    return f"machine: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
+    return (f"machine: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+            f"{time.strftime('%Y-%m-%d')}")
 
 
 # --- the benchmark: python test_newllm.py
@@ -690,8 +753,10 @@ def bench_cell(preset, device, E=256):
 
 @torch.no_grad()
 def bench_contexts(presets, shapes, device, rows):
-    print("\n1. Contexts of B dialogues of T tokens, ms (error: of contexts, against the loop in float64)")
-    print("preset   B      T     loop   solver sweeps  speed-up     auto   nn.GRU  10 Jacobi   error  Jacobi's error")
+    print("\n1. Contexts of B dialogues of T tokens, ms (error: of contexts, against the loop in "
+          "float64)")
+    print("preset   B      T     loop   solver sweeps  speed-up     auto   nn.GRU  10 Jacobi   "
+          "error  Jacobi's error")
     for preset in presets:
         cell, C = bench_cell(preset, device)
         exact = bench_cell(preset, device)[0].double()
@@ -700,8 +765,9 @@ def bench_contexts(presets, shapes, device, rows):
             x = F.layer_norm(torch.randn(B, T, 256, device=device), (256,))
             u, s0 = cell.token_in(x), torch.zeros(B, C, device=device)
             work = B * T * sum(p.numel() for p in cell.recurrent())
-            if work > 4e10:
-                print(f"{preset:8s}{B:2d} {T:6,d}   left out: more than {work / 1e9:.0f} billion products")
+            if work > 2e10:  # the loop alone would take half a minute and more
+                print(f"{preset:8s}{B:2d} {T:6,d}   left out: more than {work / 1e9:.0f} billion "
+                      f"products")
                 continue
 
             def jacobi():
@@ -715,18 +781,22 @@ def bench_contexts(presets, shapes, device, rows):
             auto = solver if device.type == "cuda" or B <= 4 else loop
             n = min(T, 4096)
             true = walk(exact, exact.token_in(x[:1, :n].double()), s0[:1].double())[0]
-            error, jacobis = (float((F.layer_norm(s[:1, :n].double(), (C,)) - F.layer_norm(true, (C,))).abs().max())
+            error, jacobis = (float((F.layer_norm(s[:1, :n].double(), (C,)) -
+                                     F.layer_norm(true, (C,))).abs().max())
                               for s in (states, jacobi()))
-            row = dict(preset=preset, B=B, T=T, loop=loop * 1e3, solver=solver * 1e3, sweeps=sweeps, auto=auto * 1e3,
-                       speedup=loop / solver, gru=median(lambda: gru(x), device, 3) * 1e3,
+            row = dict(preset=preset, B=B, T=T, loop=loop * 1e3, solver=solver * 1e3, sweeps=sweeps,
+                       auto=auto * 1e3, speedup=loop / solver,
+                       gru=median(lambda: gru(x), device, 3) * 1e3,
                        jacobi=median(jacobi, device, 1) * 1e3, error=error, jacobi_error=jacobis)
             rows.append(dict(table=1) | row)
-            print("{preset:8s}{B:2d} {T:6,d} {loop:8.1f} {solver:8.1f} {sweeps:6d} {speedup:9.1f} {auto:8.1f} {gru:8.1f} "
-                  "{jacobi:10.1f} {error:7.0e} {jacobi_error:15.0e}".format(**row), flush=True)
+            print("{preset:8s}{B:2d} {T:6,d} {loop:8.1f} {solver:8.1f} {sweeps:6d} {speedup:9.1f} "
+                  "{auto:8.1f} {gru:8.1f} {jacobi:10.1f} {error:7.0e} "
+                  "{jacobi_error:15.0e}".format(**row), flush=True)
 
 
 def bench_training(presets, shapes, device, rows):
-    print("\n2. Training the context block, tokens/s forward and backward (cosine: the gradients' to the loop's)")
+    print("\n2. Training the context block, tokens/s forward and backward "
+          "(cosine: the gradients' to the loop's)")
     print("preset   B      T    solver      loop    nn.GRU  cosine")
     for preset in presets:
         layers, C, H = sizes(preset)
@@ -741,12 +811,15 @@ def bench_training(presets, shapes, device, rows):
                 (model.contexts(model.states(ids)) * weight).sum().backward()
             for model.solver in ("parallel", "sequential"):
                 speed[model.solver] = B * T / median(passes, device, 3)
-                gradients[model.solver] = torch.cat([p.grad.flatten() for p in model.cell.parameters()])
-            speed["gru"] = B * T / median(lambda: (gru(model.embed(ids))[0] * weight).sum().backward(), device, 3)
-            row = speed | dict(preset=preset, B=B, T=T, cosine=float(F.cosine_similarity(*(g.double() for g in gradients.values()), dim=0)))
+                gradients[model.solver] = torch.cat([p.grad.flatten()
+                                                     for p in model.cell.parameters()])
+            speed["gru"] = B * T / median(
+                lambda: (gru(model.embed(ids))[0] * weight).sum().backward(), device, 3)
+            row = speed | dict(preset=preset, B=B, T=T, cosine=float(F.cosine_similarity(
+                *(g.double() for g in gradients.values()), dim=0)))
             rows.append(dict(table=2) | row)
-            print("{preset:8s}{B:2d} {T:6,d} {parallel:9,.0f} {sequential:9,.0f} {gru:9,.0f} {cosine:.6f}".format(**row),
-                  flush=True)
+            print("{preset:8s}{B:2d} {T:6,d} {parallel:9,.0f} {sequential:9,.0f} {gru:9,.0f} "
+                  "{cosine:.6f}".format(**row), flush=True)
 
 
 def memory_peak():
@@ -755,7 +828,7 @@ def memory_peak():
 
 
 def head_once(kind, n, device):
-    """Seconds and extra bytes of one output head, forward and backward; runs in a process of its own."""
+    """Seconds and extra bytes of one output head, forward and backward; runs in its own process."""
     torch.manual_seed(0)
     h = torch.randn(n, 256, device=device, requires_grad=True)
     W = (torch.randn(50304, 256, device=device) * 0.02).requires_grad_()
@@ -794,27 +867,32 @@ def bench_phase2(preset, device, rows, counts):
         args = (ids, mask) if joint else (flat, ids[:, 1:].flatten(), states)
         seconds = median(lambda: loss(*args)[0].backward(), device, 3)
         rows.append(dict(table=3, what="joint" if joint else "frozen", tokens_per_s=1020 / seconds))
-        print(f"{'joint' if joint else 'frozen contexts':20s} {1020 / seconds:9,.0f} target tokens/s")
+        print(f"{'joint' if joint else 'frozen contexts':20s} {1020 / seconds:9,.0f} "
+              f"target tokens/s")
     for n in counts:
-        for kind in ("chunked", "full logits", *["linear_cross_entropy"] * hasattr(F, "linear_cross_entropy")):
-            done = subprocess.run([sys.executable, __file__, "--head", kind, str(n), "--device", device.type],
-                                  capture_output=True, text=True)
+        for kind in ("chunked", "full logits",
+                     *["linear_cross_entropy"] * hasattr(F, "linear_cross_entropy")):
+            done = subprocess.run([sys.executable, __file__, "--head", kind, str(n),
+                                   "--device", device.type], capture_output=True, text=True)
             if done.returncode:
-                print(f"{kind:20s} {n:6,d} rows: failed, {done.stderr.strip().splitlines()[-1][:80]}")
+                print(f"{kind:20s} {n:6,d} rows: failed, "
+                      f"{done.stderr.strip().splitlines()[-1][:80]}")
                 continue
             seconds, peak = map(float, done.stdout.split())
             rows.append(dict(table=3, what=kind, rows=n, ms=seconds * 1e3, mib=peak / 2**20))
-            print(f"{kind:20s} {n:6,d} rows {seconds * 1e3:9.0f} ms, {peak / 2**20:7,.0f} MiB extra", flush=True)
+            print(f"{kind:20s} {n:6,d} rows {seconds * 1e3:9.0f} ms, {peak / 2**20:7,.0f} MiB "
+                  f"extra", flush=True)
 
 
 class CacheTransformer(nn.Module):
-    """A decoder with a key-value cache, to show what New-LLM does not need; about as many parameters."""
+    """A decoder with a key-value cache: what New-LLM does not need; about as many parameters."""
 
     def __init__(self, E=256, layers=2, heads=4):
         super().__init__()
         self.heads = heads
-        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(E, 3 * E), nn.Linear(E, E), nn.Linear(E, 4 * E),
-                                                   nn.Linear(4 * E, E)]) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(E, 3 * E), nn.Linear(E, E),
+                                                   nn.Linear(E, 4 * E), nn.Linear(4 * E, E)])
+                                    for _ in range(layers))
         self.embed = nn.Embedding(50304, E)
 
     def step(self, ids, cache):
@@ -829,10 +907,12 @@ class CacheTransformer(nn.Module):
 
 @torch.no_grad()
 def bench_decoding(device, rows, positions, preset="medium"):
-    print(f"\n4. Decoding token by token ({preset}); beside it a Transformer with a key-value cache")
+    print(f"\n4. Decoding token by token ({preset}); "
+          f"beside it a Transformer with a key-value cache")
     print("at token    New-LLM/s  state bytes  process MiB   Transformer/s  cache bytes")
     layers, C, H = sizes(preset)
-    model, transformer = NewLLM(50304, 256, C, H, layers).to(device).eval(), CacheTransformer().to(device)
+    model, transformer = (NewLLM(50304, 256, C, H, layers).to(device).eval(),
+                          CacheTransformer().to(device))
     text = torch.randint(0, 50257, (1, max(positions)), device=device)
     for position in positions:
         state = None
@@ -852,18 +932,22 @@ def bench_decoding(device, rows, positions, preset="medium"):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         size = state.numel() * state.element_size()
         cached = sum(t.numel() * t.element_size() for kv in cache for t in kv)
-        rows.append(dict(table=4, position=position, tokens_per_s=1 / seconds, state=size, transformer=1 / slow, cache=cached))
-        print(f"{position:8,d} {1 / seconds:12,.0f} {size:12,d} {memory:12,.0f} {1 / slow:15,.0f} {cached:12,d}", flush=True)
+        rows.append(dict(table=4, position=position, tokens_per_s=1 / seconds, state=size,
+                         transformer=1 / slow, cache=cached))
+        print(f"{position:8,d} {1 / seconds:12,.0f} {size:12,d} {memory:12,.0f} "
+              f"{1 / slow:15,.0f} {cached:12,d}", flush=True)
 
 
 def bench_original(device, rows, tokens=6400, iterations=10, C=768):
     """Forward, backward and optimizer step, as often as the original did, in one text."""
-    print(f"\n5. The original's exercise: {tokens:,} tokens, {iterations} iterations of Phase 1, context {C}")
+    print(f"\n5. The original's exercise: {tokens:,} tokens, {iterations} iterations of Phase 1, "
+          f"context {C}")
     for solver in ("sequential", "parallel"):
         torch.manual_seed(0)
         model = NewLLM(500, 768, C, 768, 1, solver=solver).to(device)
         ids = torch.randint(0, 500, (1, tokens), device=device)
-        optimizer, previous, start = torch.optim.AdamW(model.cell.parameters(), 2e-3), None, time.perf_counter()
+        optimizer, previous, start = (torch.optim.AdamW(model.cell.parameters(), 2e-3), None,
+                                      time.perf_counter())
         for _ in range(iterations):
             optimizer.zero_grad()
             states = model.states(ids, guess=previous)
@@ -890,7 +974,8 @@ def benchmark(quick, device):
         bench_phase2("small", device, rows, [2048])
         bench_decoding(device, rows, [1000, 10_000], "small")
     else:
-        bench_contexts(["small", "medium", "large"], [(b, t) for b in (1, 16) for t in (512, 4096, 32768)], device, rows)
+        bench_contexts(["small", "medium", "large"],
+                       [(b, t) for b in (1, 16) for t in (512, 4096, 32768)], device, rows)
         bench_training(["small", "medium"], [(1, 512), (16, 512), (1, 4096)], device, rows)
         bench_phase2("medium", device, rows, [2048, 8192])
         bench_decoding(device, rows, [1000, 10_000, 100_000])
@@ -902,7 +987,7 @@ def benchmark(quick, device):
 
 
 class Baseline(nn.Module):
-    """A GRU or a pre-norm Transformer in the clothes of NewLLM, so that phase2() trains all alike."""
+    """A GRU or pre-norm Transformer in the clothes of NewLLM, so that phase2() trains all alike."""
 
     def __init__(self, kind, vocab_size, dropout, E=256, state=600, max_len=512):
         super().__init__()
@@ -911,10 +996,11 @@ class Baseline(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         if kind == "GRU":
             self.cell, width = nn.GRU(E, state, batch_first=True), state
-        else:  # positions are learned; LayerNorm on the embeddings, without it this model is far worse
-            self.cell, width = nn.ModuleDict(dict(position=nn.Embedding(max_len, E), layers=nn.ModuleList(
-                nn.TransformerEncoderLayer(E, 4, 4 * E, dropout, "gelu", batch_first=True, norm_first=True)
-                for _ in range(2)))), E
+        else:  # learned positions; LayerNorm on the embeddings, without it this model is far worse
+            self.cell, width = nn.ModuleDict(dict(
+                position=nn.Embedding(max_len, E), layers=nn.ModuleList(
+                    nn.TransformerEncoderLayer(E, 4, 4 * E, dropout, "gelu", batch_first=True,
+                                               norm_first=True) for _ in range(2)))), E
             nn.init.normal_(self.cell["position"].weight, std=0.02)
         self.out, self.norm = nn.Linear(width, E), nn.LayerNorm(E)
 
@@ -933,10 +1019,11 @@ class Baseline(nn.Module):
 
 
 def split_file(path, tokens):
-    """Training dialogues of about `tokens` tokens; others to choose with; others to report on; V."""
+    """Training dialogues, about `tokens` tokens; others to choose with; others to report on; V."""
     counts = dict(cut=0, dropped=0)
     everything = list(newllm.tokenise(newllm.read_file(Path(path)), Tokenizer(), 512, counts))
-    parts = [[d for i, d in enumerate(everything) if i % 10 not in (4, 9)], everything[4::10], everything[9::10]]
+    parts = [[d for i, d in enumerate(everything) if i % 10 not in (4, 9)],
+             everything[4::10], everything[9::10]]
     for k, limit in enumerate((tokens, 60_000, 60_000)):
         ends = torch.tensor([len(d.ids) for d in parts[k]]).cumsum(0)
         parts[k] = parts[k][:max(1, int((ends <= limit).sum()))]
@@ -949,9 +1036,10 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device):
     """Train one model; the test loss of its best epoch on validation data, and what it took."""
     train, val, test = parts
     joint = kind not in ("New-LLM", "New-LLM untrained contexts")
-    config = Config(context_dim=512, hidden_dim=512, dropout=dropout, joint=joint, seed=seed, epochs=epochs,
-                    iterations=8 if kind == "New-LLM" else 0, patience=2, out=str(folder / "out"),
-                    cache=str(folder / "cache"), embeddings="learned", device=device, dtype="float32")
+    config = Config(context_dim=512, hidden_dim=512, dropout=dropout, joint=joint, seed=seed,
+                    epochs=epochs, iterations=8 if kind == "New-LLM" else 0, patience=2,
+                    out=str(folder / "out"), cache=str(folder / "cache"), embeddings="learned",
+                    device=device, dtype="float32")
     for old in (folder / "out").glob("*"):
         old.unlink()
     torch.manual_seed(seed)
@@ -967,8 +1055,9 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device):
     model.load_state_dict(newllm.part_of(newllm.load_tensors(best, "model.")[0], "model."))
     loss, accuracy = newllm.evaluate(run, newllm.WordLoss(model, joint), test, None)
     inside = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
-    return dict(kind=kind, dropout=dropout, seed=seed, val=newllm.val_loss_of(best), test=loss, accuracy=accuracy,
-                epoch=int(best.name.split("-")[1]), seconds=time.perf_counter() - start, parameters=inside, log=log)
+    return dict(kind=kind, dropout=dropout, seed=seed, val=newllm.val_loss_of(best), test=loss,
+                accuracy=accuracy, epoch=int(best.name.split("-")[1]),
+                seconds=time.perf_counter() - start, parameters=inside, log=log)
 
 
 def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot):
@@ -977,23 +1066,26 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot):
     newllm.say, say = (lambda text: None), print
     parts, V = split_file(path, tokens)
     count = [sum(len(d.ids) for d in part) for part in parts]
-    say(f"{machine()}\n{path}: {count[0]:,} training tokens ({newllm.targets(parts[0]):,} targets), {count[1]:,} to "
-        f"choose with, {count[2]:,} to report on; {V:,} different tokens; at most {epochs} epochs")
+    say(f"{machine()}\n{path}: {count[0]:,} training tokens ({newllm.targets(parts[0]):,} "
+        f"targets), {count[1]:,} to choose with, {count[2]:,} to report on; {V:,} different "
+        f"tokens; at most {epochs} epochs")
     rows = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
-            tried = [train_one(kind, d, seeds[0], parts, V, epochs, Path(folder), device) for d in dropouts]
+            tried = [train_one(kind, d, seeds[0], parts, V, epochs, Path(folder), device)
+                     for d in dropouts]
             best = min(tried, key=lambda r: r["val"])
-            runs = [best] + [train_one(kind, best["dropout"], s, parts, V, epochs, Path(folder), device)
-                             for s in seeds[1:]]
+            runs = [best] + [train_one(kind, best["dropout"], s, parts, V, epochs, Path(folder),
+                                       device) for s in seeds[1:]]
         test = torch.tensor([r["test"] for r in runs]).exp()
-        state = dict(GRU=(600 * 4,) * 2, Transformer=(2 * 2 * 256 * 4 * 1000, 2 * 2 * 256 * 4 * 100_000)).get(
-            kind, (512 * 4,) * 2)
+        state = dict(GRU=(600 * 4,) * 2, Transformer=(
+            2 * 2 * 256 * 4 * 1000, 2 * 2 * 256 * 4 * 100_000)).get(kind, (512 * 4,) * 2)
         passes = best["epoch"] + (8 if kind == "New-LLM" else 0)
-        say(f"{kind:27s} | test PPL {test.mean():6.1f} (" + ", ".join(f"{v:.1f}" for v in test) + f") | accuracy "
-            f"{sum(r['accuracy'] for r in runs) / len(runs):.1%} | dropout {best['dropout']}, epoch {best['epoch']}, "
-            f"at most {passes * count[0]:,} tokens seen in {best['seconds']:.0f} s | {best['parameters']:,} parameters | "
-            f"memory at token 1,000: {state[0]:,} bytes, at 100,000: {state[1]:,} | all val PPL: " +
+        say(f"{kind:27s} | test PPL {test.mean():6.1f} (" + ", ".join(f"{v:.1f}" for v in test) +
+            f") | accuracy {sum(r['accuracy'] for r in runs) / len(runs):.1%} | dropout "
+            f"{best['dropout']}, epoch {best['epoch']}, at most {passes * count[0]:,} tokens seen "
+            f"in {best['seconds']:.0f} s | {best['parameters']:,} parameters | memory at token "
+            f"1,000: {state[0]:,} bytes, at 100,000: {state[1]:,} | all val PPL: " +
             ", ".join(f"{r['dropout']}: {torch.tensor(r['val']).exp():.1f}" for r in tried))
         sys.stdout.flush()
         rows.append((kind, best["log"], best))
@@ -1006,7 +1098,8 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot):
         import matplotlib.pyplot as plt
         for kind, log, best in rows:
             first = 8 if kind == "New-LLM" else 0
-            plt.plot([(e + first) * count[0] for e, _ in log], [torch.tensor(v).exp() for _, v in log], "o-", label=kind)
+            plt.plot([(e + first) * count[0] for e, _ in log],
+                     [torch.tensor(v).exp() for _, v in log], "o-", label=kind)
         plt.xlabel("tokens seen, Phase 1 included")
         plt.ylabel("validation perplexity")
         plt.yscale("log")
@@ -1021,22 +1114,27 @@ if __name__ == "__main__":
     parser.add_argument("--json", metavar="FILE", help="keep the numbers")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--head", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--ask", metavar="FOLDER", help="what its best checkpoint says to new questions")
     parser.add_argument("--compare", metavar="DATA.jsonl")
     parser.add_argument("--tokens", type=int, default=100_000, help="training tokens")
-    parser.add_argument("--epochs", type=int, default=8, help="of Phase 2 and of the baselines, at most")
+    parser.add_argument("--epochs", type=int, default=8,
+                        help="of Phase 2 and of the baselines, at most")
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--models", nargs="+", default=["New-LLM", "New-LLM untrained contexts", "New-LLM joint",
-                                                        "GRU", "Transformer"])
+    parser.add_argument("--models", nargs="+", default=["New-LLM", "New-LLM untrained contexts",
+                                                        "New-LLM joint", "GRU", "Transformer"])
     parser.add_argument("--plot", metavar="FILE.png")
     options = parser.parse_args()
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REPO / "data"))
     if options.head:
         head_once(options.head[0], int(options.head[1]), newllm.pick_device(options.device))
+    elif options.ask:
+        ask(options.ask)
     elif options.compare:
         compare(options.compare, options.tokens, options.epochs, options.models, options.dropouts,
                 options.seeds, options.device, options.plot)
     else:
         figures = benchmark(options.quick, newllm.pick_device(options.device))
         if options.json:
-            Path(options.json).write_text(json.dumps(dict(machine=machine(), rows=figures), indent=1))
+            Path(options.json).write_text(json.dumps(dict(machine=machine(), rows=figures),
+                                                     indent=1))
