@@ -9,6 +9,7 @@ so the thousandth turn costs what the first one did.
 """
 import argparse
 import codecs
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -40,10 +41,11 @@ class Chat:
         stream = self.model.stream(
             torch.tensor([ids], device=self.device), o.max_new_tokens, o.temperature > 0,
             o.temperature, o.top_k, o.top_p, o.repetition_penalty, self.state)
-        token = IM_END
+        token, self.unread = None, ids
         try:
             for token, self.state in stream:
                 token = token.item()
+                self.unread = []
                 self.made, self.seen = self.made + 1, self.seen + 1
                 if token == IM_END:
                     break
@@ -53,7 +55,7 @@ class Chat:
         yield decoder.decode(b"", final=True)
         self.seconds += time.perf_counter() - start
         # the state has read all but the last token; ChatML closes a message, finished or not
-        self.unread = [] if token == IM_END else [token]
+        self.unread += [] if token in (None, IM_END) else [token]
         self.unread += [IM_END] + self.tokenizer.bpe.encode_ordinary("\n")
 
     def stats(self) -> str:
@@ -98,8 +100,9 @@ def open_checkpoint(name: str, device: str):
 
 
 def say_to(chat: Chat, text: str):
-    for piece in chat.answer(text):
-        print(piece, end="", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # between two tokens it is answer() that ends
+        for piece in chat.answer(text):
+            print(piece, end="", flush=True)
     print()
 
 

@@ -63,7 +63,7 @@ class Config:
                        "ultrachat, a Hugging Face name, a .jsonl or a .txt file")
     val_data: str = option("", "the same kinds; empty: the source's own, else every tenth dialogue")
     samples: int = option(10, "dialogues to train on; 0: all", least=0)
-    val_samples: int = option(100, "dialogues to validate on, at most")
+    val_samples: int = option(20, "dialogues to validate on, at most")
     max_len: int = option(512, "tokens after which a dialogue is cut", least=2)
     show_data: int = option(0, "dialogues to print, targets in another colour, and stop", least=0)
     cache: str = option("cache", "folder of tokenised data, contexts and GPT-2's embeddings")
@@ -92,19 +92,19 @@ class Config:
     contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
     threshold: float = option(0.01, "a context that changes less, mean squared, has converged")
     # Phase 2
-    epochs: int = option(40, "passes over the data")
-    learning_rate: float = option(2e-3, "AdamW's peak learning rate in Phase 2")
-    embedding_rate: float = option(0.2,
-                                   "share of it that learned embeddings get; they overfit first")
-    batch_tokens: int = option(2048, "tokens per optimizer step (targets, where states are cached)")
+    epochs: int = option(60, "passes over the data")
+    learning_rate: float = option(4e-3, "AdamW's peak learning rate in Phase 2")
+    embedding_rate: float = option(1.0, "share of it for learned embeddings; they overfit first")
+    batch_tokens: int = option(64, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
-    patience: int = option(3, "epochs without a better validation loss; 0: never stop", least=0)
+    patience: int = option(0, "epochs without a better validation loss before training stops; 0: "
+                                "never stop, and chat with the last epoch, not the best", least=0)
     stop_after: int = option(0, "epochs after which this call stops, for --resume; 0: run them all",
                              least=0)
     cache_gb: float = option(4.0,
                              "GB for the states; if they do not fit, each batch's are recomputed")
     # both phases, and the machine
-    weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     warmup: int = option(10, "optimizer steps of linear warm-up", least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient")
     seed: int = option(42, "seed of everything random", least=0)
@@ -117,19 +117,19 @@ class Config:
     tensorboard: str = option("", "folder for TensorBoard's logs")
 
 
+SERIOUS = dict(data="ultrachat", val_samples=100, dropout=0.3, iterations=8, epochs=10, patience=3,
+               learning_rate=2e-3, embedding_rate=0.2, batch_tokens=2048, weight_decay=0.01)
 PRESETS = {
-    "small": dict(epochs=60, batch_tokens=64, learning_rate=4e-3, embedding_rate=1.0,
-                  weight_decay=0.0, patience=0, val_samples=20),
-    "medium": dict(data="ultrachat", samples=100, num_layers=2, context_dim=256, hidden_dim=512,
-                   epochs=10, dropout=0.3, iterations=8),
-    "large": dict(data="ultrachat", samples=1000, num_layers=4, context_dim=512, hidden_dim=1024,
-                  epochs=10, dropout=0.3, iterations=8, max_len=1024, batch_tokens=8192),
+    "small": {},  # the defaults: ten dialogues, learnt by heart
+    "medium": SERIOUS | dict(samples=100, num_layers=2, context_dim=256, hidden_dim=512),
+    "large": SERIOUS | dict(samples=1000, num_layers=4, context_dim=512, hidden_dim=1024,
+                            max_len=1024, batch_tokens=8192),
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "cache_gb",
               "tensorboard"}  # what --resume may be given anew
-PHASE_2_ONLY = MAY_CHANGE | {"epochs", "learning_rate", "embedding_rate", "batch_tokens",
-                             "dropout", "dtype", "show_data", "scaling",
-                             "data", "val_data"}  # what Phase 1's result does not depend on
+PHASE_2_ONLY = MAY_CHANGE - {"cache_gb"} | {  # what Phase 1's result does not depend on
+    "learning_rate", "embedding_rate", "batch_tokens", "dropout", "dtype", "show_data", "scaling",
+    "data", "val_data"}
 
 
 class UserError(Exception):
@@ -262,9 +262,11 @@ def read_file(path: Path) -> Iterator[str | list[tuple[str, str]]]:
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}); "
                         f"give --data an existing file") from None
-    if path.suffix != ".jsonl":
+    if path.suffix == ".txt":
         yield text
         return
+    if path.suffix != ".jsonl":
+        raise UserError(f"{path}: unknown kind of file; give a .jsonl or a .txt file")
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -313,7 +315,8 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[list[Dialogue], list[
     """
     beside = Path(config.data).with_name(Path(config.data).stem + "_val.jsonl")
     held_out = config.val_data or (str(beside) if is_file(config.data) and beside.exists() else "")
-    content = [hashlib.sha256(Path(name).read_bytes()).hexdigest() if Path(name).is_file() else name
+    content = [Path(name).suffix + hashlib.sha256(Path(name).read_bytes()).hexdigest()
+               if Path(name).is_file() else name
                for name in (config.data, held_out)]
     key = [content, config.samples, config.val_samples, config.max_len, rank(), world_size()]
     path = Path(config.cache) / f"tokens-{digest(key)}.safetensors"
@@ -462,9 +465,10 @@ def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.T
     Cut the text into n chunks and guess the state before each. A sweep walks all of them at once,
     as one batch of B * n rows. Where a chunk ends elsewhere than the next was guessed to start, the
     guesses are corrected together: start_{j+1} = end_j + kept_j * (correction of start_j), a linear
-    recurrence, solved by scan(). That is Newton's method on the chunks' borders with the product of
-    the forget gates as Jacobian, parallel in time as in Lim et al. (DEER, ICLR 2024); with chunks
-    of one token it is the sweep with frozen gates. Its fixed point is exactly the walk.
+    recurrence, solved by scan(). Newton's method would use each chunk's full Jacobian; the product
+    of its forget gates is the cheap diagonal part (Lim et al., DEER, ICLR 2024; Gonzalez et al.,
+    NeurIPS 2024). That changes how many sweeps it takes, not where it ends, which is the walk. Chunks
+    of one token are the plainest case: guess, freeze the gates, scan, repeat.
 
     Args:
         u: (B, T, ·) tokens' share of the gates; s0: (B, C) state before the first token.
@@ -489,7 +493,9 @@ def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.T
         size = starts[:, 1:].std(-1, keepdim=True).clamp(min=1e-3)  # what is read is LayerNorm(s)
         if n == 1 or (change / size).abs().max() <= tol:
             return states.view(B, n * L, C)[:, :T], starts, sweep
-    return walk(cell, u, s0)[0], starts, 0
+    states = walk(cell, u, s0)[0]
+    starts[:, 1:] = states[:, L - 1:(n - 1) * L:L]
+    return states, starts, 0
 
 
 class ParallelStates(torch.autograd.Function):
@@ -503,7 +509,7 @@ class ParallelStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cell, u, s0, guess, tol, max_sweeps, *parameters):
         states, starts, sweeps = solve(cell, u, s0, guess, tol, max_sweeps)
-        ctx.cell, ctx.tol, ctx.max_sweeps = cell, tol, max_sweeps
+        ctx.cell, ctx.max_sweeps = cell, max_sweeps
         ctx.save_for_backward(u, starts)
         return states, sweeps
 
@@ -547,11 +553,11 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets):
+    def forward(ctx, h, weight, targets, learning=True):
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         rows = max(1, 2 ** 24 // len(weight))
-        W, wants_weight = weight.to(dtype), ctx.needs_input_grad[1]
+        W, wants_weight = weight.to(dtype), learning and ctx.needs_input_grad[1]
         scores = torch.empty(min(rows, len(h)), len(weight), device=h.device)
         product = scores if dtype == torch.float32 else torch.empty_like(scores, dtype=dtype)
         loss, correct = scores.new_zeros(()), torch.zeros((), dtype=torch.long, device=h.device)
@@ -562,7 +568,7 @@ class HeadLoss(torch.autograd.Function):
             correct += (z.argmax(-1) == y).sum()
             torch.log_softmax(z, -1, out=z)
             loss -= z.gather(1, y[:, None]).sum()
-            if any(ctx.needs_input_grad[:2]):
+            if learning:
                 z.exp_().scatter_add_(1, y[:, None], -torch.ones_like(y, dtype=z.dtype)[:, None])
                 g = product[:n].copy_(z)
                 grad_part.copy_(g @ W)
@@ -577,7 +583,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         grad_h, grad_W = ctx.saved_tensors
-        return grad_h.mul_(grad), None if grad_W is None else grad_W.mul_(grad), None
+        return grad_h.mul_(grad), None if grad_W is None else grad_W.mul_(grad), None, None
 
 
 class Output(NamedTuple):
@@ -600,7 +606,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         V, E, C, H = vocab_size, embed_dim, context_dim, hidden_dim
         self.solver, self.tol, self.max_sweeps, self.sweeps = solver, tol, max_sweeps, 0
-        self.token_input_all_layers = token_input_all_layers
+        self.token_input_all_layers, self.learns_embeddings = token_input_all_layers, True
         self.embed = nn.Embedding(V, E)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.context_embed = nn.Embedding(V, E) if separate_context_embedding else None
@@ -643,6 +649,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             s = u.new_zeros(len(u), self.cell.C) if state is None else state.float()
             wanted = (self.solver == "parallel" or
                       self.solver == "auto" and (u.is_cuda or len(u) <= 4))
+            self.sweeps = 0
             if not wanted or self.cell.kind == "original" or u.shape[1] <= 32:
                 return walk(self.cell, u, s)[0]
             states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess, self.tol,
@@ -676,7 +683,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         if labels is None:
             return Output(None, F.linear(h, self.embed.weight), states[:, -1])
         rows = labels[:, 1:] != -100
-        loss, _ = HeadLoss.apply(h[:, :-1][rows], self.embed.weight, labels[:, 1:][rows])
+        loss, _ = HeadLoss.apply(h[:, :-1][rows], self.embed.weight, labels[:, 1:][rows],
+                                 torch.is_grad_enabled())
         return Output(loss / rows.sum().clamp(min=1), None, states[:, -1])
 
     @torch.no_grad()
@@ -688,6 +696,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         seen = torch.zeros(len(input_ids), VOCAB, dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
             seen.scatter_(1, input_ids, True)
+            seen[:, IM_START:] = False  # a penalty on ChatML's tokens would keep answers from ending
             states = self.states(input_ids, state)[:, -1]
             state = states
             scores = self.scores(input_ids[:, -1], state)
@@ -796,6 +805,7 @@ def make_model(config: Config) -> NewLLM:
     nn.init.normal_(model.embed.weight, std=table.std().item())  # ChatML's rows stay like that
     model.embed.weight.data[:len(table)] = table
     model.embed.weight.requires_grad_(False)
+    model.learns_embeddings = False
     model.norm.weight.data.fill_(0.25)  # GPT-2's vectors are long: begin with small logits
     return model
 
@@ -976,8 +986,7 @@ class Run:
         self.dtype, reason = pick_dtype(config.dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.writer, self.interrupted = None, False
-        # an optimizer step is done in parts: on a CPU of 8,192 tokens, on a GPU as memory demands
-        self.pieces = -(-config.batch_tokens // 8192) if self.device.type == "cpu" else 1
+        self.pieces = 1  # parts that an optimizer step is computed in, as memory demands
         say(f"device: {self.device}; states in float32, token block and output head in "
             f"{str(self.dtype)[6:]} ({reason})")
         if config.tensorboard and rank() == 0:
@@ -1060,7 +1069,7 @@ class Run:
                 torch.cuda.empty_cache()
                 say(f"batch size: out of memory, a step is now computed in {self.pieces} parts")
         if number == 0:
-            memory = "at most 8,192 tokens at once on a CPU"
+            memory = "a CPU takes up to 8,192 tokens at once"
             if self.device.type == "cuda":
                 free, _ = torch.cuda.mem_get_info(self.device)
                 peak = torch.cuda.max_memory_allocated(self.device)
@@ -1073,22 +1082,23 @@ class Run:
         self.scaler.update()
         sums = global_sum(sums).cpu()
         if not math.isfinite(sums[0]):
-            raise UserError(f"the loss is {sums[0]} at step {number}; lower --learning-rate and "
-                            f"start anew, or go on from "
-                            f"{best_checkpoint(Path(self.config.out)) or 'the beginning'}")
+            raise UserError(f"the loss is {sums[0]} at step {number}; train anew with a lower learning "
+                            f"rate; the last good checkpoint: "
+                            f"{best_checkpoint(Path(self.config.out)) or 'none'}")
         return sums
 
     def save(self, name: str, model: "NewLLM", optimizer, more: dict[str, torch.Tensor], **notes):
         """A checkpoint: all chatting needs (weights, config, tokenizer) and all resuming needs."""
         tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | more
         for k, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{k}.{field}": v for field, v in values.items()}
+            tensors |= {f"optimizer.{k}.{what}": v for what, v in values.items()}
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         if rank() == 0:
             save_tensors(Path(self.config.out) / name, tensors, notes | dict(
                 config=asdict(self.config), embed_dim=model.embed.embedding_dim, pieces=self.pieces,
+                learns_embeddings=model.learns_embeddings,
                 tokenizer="tiktoken r50k_base + ChatML", scale=self.scaler.get_scale()))
 
     def restore(self, tensors: dict, notes: dict, model: "NewLLM", optimizer):
@@ -1096,15 +1106,15 @@ class Run:
         model.load_state_dict(part_of(tensors, "model."))
         state = {}
         for key, value in part_of(tensors, "optimizer.").items():
-            number, field = key.split(".")
-            state.setdefault(int(number), {})[field] = value
+            number, what = key.split(".")
+            state.setdefault(int(number), {})[what] = value
         optimizer.load_state_dict(dict(state=state,
                                        param_groups=optimizer.state_dict()["param_groups"]))
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        if self.scaler.is_enabled():
-            self.scaler.update(notes["scale"])
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=notes["scale"] or 2.0**16,
+                                           enabled=self.scaler.is_enabled())
         self.pieces = notes["pieces"]
 
 
@@ -1231,7 +1241,8 @@ class ContextLoss(nn.Module):
             if self.config.diversity == "contrast":
                 diversity = self.contrast(c, ids, real, negatives) / follows
             else:
-                diversity = getattr(self, self.config.diversity)(c[real])
+                part = global_sum(real[:, 1:].sum()) / follows  # of the batch, if it is cut
+                diversity = part * (getattr(self, self.config.diversity)(c[real]) if part else c.sum())
                 diversity = diversity - diversity.detach() * (1 - 1 / world_size())  # count it once
         return ((1 - w) * cvfp + w * diversity + 0 * sum(p.sum() for p in self.map.parameters()),
                 cvfp, diversity,
@@ -1262,7 +1273,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
     path = Path(config.cache) / (
         f"contexts-{digest([settings, content.hexdigest(), run.device.type, rank(), world_size()])}"
         f".safetensors")
-    if path.exists() and resumed is None:
+    found_by = global_sum(torch.tensor(float(path.exists()), device=run.device))
+    if found_by == world_size() and resumed is None:
         tensors, _ = load_tensors(path)
         model.load_state_dict(part_of(tensors, "model."), strict=False)
         say(f"phase 1: done before with the same data and settings, found in {path}")
@@ -1285,13 +1297,15 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
         model.solver = solver
         say(f"phase 1: walked {sum(len(d.ids) for d in train):,} tokens one by one in "
             f"{time.perf_counter() - start:.1f} s; now at most {config.iterations} iterations on "
-            f"all at once")
+            f"whole batches")
     else:
         tensors, notes = resumed
         run.restore(tensors, notes, model, optimizer)
         loss.map.load_state_dict(part_of(tensors, "map."))
         found, best_block = part_of(tensors, "states."), part_of(tensors, "best.") or None
         states = [found.get(str(i)) for i in range(len(train))]
+        if world_size() > 1:  # the checkpoint has the first process's states only
+            states = all_states(run, model, train, config.cache_gb)
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
     if None in states:
         say(f"phase 1: --cache-gb {config.cache_gb} holds the states of "
@@ -1336,24 +1350,27 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
                        sums[2].item() / max(1, sums[3].item()))
         diversity = sums[1].item() / int(global_sum(torch.tensor(sum(len(d.ids) - 1 for d in train),
                                                                  device=run.device)))
-        held_out = loss.held_out(run, val) if config.diversity == "contrast" else diversity
+        sweeps, contrast = model.sweeps, config.diversity == "contrast"
+        held_out = loss.held_out(run, val) if contrast else diversity
         contexts = model.contexts(torch.cat([s for s in states if s is not None][:256] or
                                             [torch.eye(C)]))
         erank = effective_rank(contexts)
         say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp:.1e} | "
-            f"{config.diversity} {diversity:+.3f}, held out {held_out:+.3f} | "
-            f"effective rank {erank:.0%} | {f'{model.sweeps} sweeps' if model.sweeps else 'loop'} "
+            f"{config.diversity} {diversity:+.3f}{f', held out {held_out:+.3f}' if contrast else ''} | "
+            f"effective rank {erank:.0%} | {f'{sweeps} sweeps' if sweeps else 'loop'} "
             f"| {time.perf_counter() - start:.1f} s")
         run.log("phase1", iteration, converged=share, cvfp=cvfp, diversity=diversity,
-                held_out=held_out, effective_rank=erank, sweeps=model.sweeps)
+                held_out=held_out, effective_rank=erank, sweeps=sweeps)
         settled = share >= 0.95 and waited != 1  # after a return to the best, nothing is proven
-        if held_out < best - 1e-3:
+        if not contrast or held_out < best - 1e-3:
             best, waited, best_block = held_out, 0, {
                 n: p.detach().clone() for n, p in learned.items()}
         else:  # learning for its own sake has begun: shorter steps, once from the best weights
             waited, factor = waited + 1, factor / 4
             if waited == 1 and best_block:
                 model.load_state_dict(best_block, strict=False)
+        if iteration >= config.min_iterations and settled and (waited or not contrast):
+            break
         if run.wants_to_stop():
             run.save("last.safetensors", model, optimizer,
                      {f"map.{n}": t for n, t in loss.map.state_dict().items()}
@@ -1361,9 +1378,6 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
                      | {f"states.{i}": s for i, s in enumerate(states) if s is not None},
                      phase=1, iteration=iteration, progress=[factor, best, waited, share])
             run.leave(f"iteration {iteration} of phase 1")
-        if iteration >= config.min_iterations and settled and (
-                waited or config.diversity != "contrast"):
-            break
     for p, value in requires_grad.items():
         p.requires_grad_(value)
     states = all_states(run, model, train, config.cache_gb)
@@ -1429,7 +1443,7 @@ class WordLoss(nn.Module):
             rows = y[:, 1:]
             ids, y, states = ids[:, :-1][rows], ids[:, 1:][rows], states[:, :-1][rows]
         loss, correct = HeadLoss.apply(self.model.hidden_states(ids, states),
-                                       self.model.embed.weight, y)
+                                       self.model.embed.weight, y, torch.is_grad_enabled())
         return loss, correct, correct.new_tensor(len(y))
 
 
@@ -1457,7 +1471,7 @@ def evaluate(run: Run, loss: WordLoss, dialogues: list[Dialogue], rows) -> tuple
 
 def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], states: list,
            resumed) -> dict:
-    """Train the token block, and with --joint the context block too; the best epoch's figures."""
+    """Train the token block, and with --joint the context block; figures of the epoch to chat with."""
     config, device, per = run.config, run.device, max(1, run.config.batch_tokens // world_size())
     loss = WordLoss(model, config.joint)
     if not config.joint:
@@ -1475,7 +1489,9 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
         groups[-1].append(i)
     groups = [group for group in groups if group]
     row_steps, group_steps = (global_max(n, device) for n in (-(-len(rows[0]) // per), len(groups)))
-    epoch, step, waited, best, figures = 0, 0, 0, math.inf, {}
+    epoch, step, waited, best, figures, best_figures = 0, 0, 0, math.inf, {}, {}
+    if device.type == "cpu":
+        run.pieces = -(-per // 8192)
     steps, sums, last_saved = row_steps + group_steps, torch.zeros(3), time.perf_counter()
     if resumed is not None:
         run.restore(*resumed, model, optimizer)
@@ -1531,9 +1547,12 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
             f"| {trained / seconds:,.0f} tokens/s | "
             f"{seconds * (config.epochs - epoch) / max(1, epoch - first):.0f} s left")
         run.log("phase2", epoch, **figures)
+        if better or config.patience == 0:
+            best_figures = figures
         if better:
             save(f"epoch-{epoch:03d}-{val_loss:.4f}.safetensors")
-            for path in sorted(Path(config.out).glob("epoch-*.safetensors"), key=val_loss_of)[3:]:
+            by_loss = sorted(Path(config.out).glob("epoch-*.safetensors"), key=val_loss_of)
+            for path in by_loss[3:] if rank() == 0 else []:
                 path.unlink()
         interrupted = (run.wants_to_stop() or
                        0 < config.stop_after <= epoch - first and epoch < config.epochs)
@@ -1543,7 +1562,7 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
             last_saved = time.perf_counter()
         if interrupted:
             run.leave(f"epoch {epoch} of phase 2")
-    return figures
+    return best_figures or figures
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1571,7 +1590,7 @@ def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
 
 
 def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optional[NewLLM], dict]:
-    """Both phases. Returns the model and the figures of its last epoch."""
+    """Both phases. Returns the model to chat with and its figures."""
     torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
     out, tokenizer = Path(config.out), Tokenizer()
     save_tensors(out / ".writable", {}, {})  # better to learn it now than after hours
@@ -1583,7 +1602,14 @@ def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optio
     if config.show_data:
         return show_data(train[:config.show_data], tokenizer), {}
     run = Run(config, command)
-    model = make_model(config).to(run.device)
+    if resumed is None:
+        model = make_model(config).to(run.device)
+    else:
+        tensors, notes = resumed
+        model = NewLLM.of(config, notes["embed_dim"], "model.context_embed.weight" in tensors)
+        model.learns_embeddings = notes["learns_embeddings"]
+        model.embed.weight.requires_grad_(model.learns_embeddings)
+        model.to(run.device).load_state_dict(part_of(tensors, "model."))
     count = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"parameters: {trained:,} trained, {sum(count.values()) - trained:,} frozen; "
@@ -1597,19 +1623,18 @@ def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optio
         say(f"checkpoints of an earlier run were moved to {shelf}")
     phase = resumed[1]["phase"] if resumed else 1
     if phase == 2:
-        model.load_state_dict(part_of(resumed[0], "model."))
         states = ([None] * len(train) if config.joint
                   else all_states(run, model, train, config.cache_gb))
     else:
         states = (phase1(run, model, train, val, resumed)
                   if config.iterations or not config.joint else [])
-    contexts = model.contexts(torch.cat([s for s in states if s is not None] or
-                                        [torch.eye(config.context_dim)]))
     if config.joint:
         states = [None] * len(train)
     figures = phase2(run, model, train, val, states, resumed if phase == 2 else None)
+    model = load_model(best_checkpoint(out), str(run.device))[0] if rank() == 0 else model
+    some = all_states(run, model, train[:64], math.inf)
     return model.eval(), figures | dict(tokens=sum(len(d.ids) for d in train),
-                                        effective_rank=effective_rank(contexts))
+                                        effective_rank=effective_rank(model.contexts(torch.cat(some))))
 
 
 def scaling(config: Config, command: list[str]):
@@ -1655,7 +1680,10 @@ def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
         config, asked = parse(command)
         config, resumed = earlier_run(config, asked) if config.resume else (config, None)
         if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            device = pick_device(config.device)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         changed = [f"{k} {v}" for k, v in asdict(config).items() if v != getattr(Config(), k)]
         say(f"settings other than the defaults: {', '.join(changed)}")
         if config.scaling:
@@ -1675,6 +1703,9 @@ def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
             sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing more was saved")
+    finally:
+        with contextlib.suppress(ValueError):  # raised outside the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return None
 
 

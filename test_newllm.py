@@ -461,8 +461,8 @@ def test_pasted_into_a_notebook_it_runs_whatever_the_kernels_own_options_are(mon
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "/some/kernel.json"])
     source = (REPO / "newllm.py").read_text("utf-8")
     assert "__file__" not in source
-    fast = source.replace('PRESETS = {\n    "small": dict(epochs=60,',
-                          'PRESETS = {\n    "small": dict(epochs=1, iterations=1,')
+    fast = source.replace("epochs: int = option(60", "epochs: int = option(1")
+    fast = fast.replace("iterations: int = option(40", "iterations: int = option(1")
     assert fast != source
     cell = dict(__name__="__main__")
     import types
@@ -701,10 +701,10 @@ def test_without_a_network_there_is_one_line_within_seconds(args, want):
 
 EASY_QUESTIONS = [  # none of them is in the shipped dialogues; there are no right answers to compare with
     "why is snow white?", "how do i make a sandwich?", "what is 3 + 5?", "can you recommend a hobby?",
-    "what do cows eat?", "what is a river?", "how can i sleep better tonight?", "who made you?",
+    "what do hamsters eat?", "what is a river?", "how can i sleep better tonight?", "who made you?",
     "give me three ideas for dinner", "what does a teacher do?", "are you smarter than me?",
     "what is the opposite of cold?", "how many days are in two weeks?", "i feel sad today",
-    "what is a computer mouse?", "how do i clean a window?", "why do dogs wag their tails?",
+    "what is a computer mouse?", "how do i clean a window?", "why do birds build nests?",
     "write a short poem about the moon", "what will i eat tomorrow?", "have a nice evening"]
 
 
@@ -1039,7 +1039,8 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device):
     config = Config(context_dim=512, hidden_dim=512, dropout=dropout, joint=joint, seed=seed,
                     epochs=epochs, iterations=8 if kind == "New-LLM" else 0, patience=2,
                     out=str(folder / "out"), cache=str(folder / "cache"), embeddings="learned",
-                    device=device, dtype="float32")
+                    device=device, dtype="float32", learning_rate=2e-3,
+                    embedding_rate=0.2, batch_tokens=2048, weight_decay=0.01)
     for old in (folder / "out").glob("*"):
         old.unlink()
     torch.manual_seed(seed)
