@@ -66,13 +66,13 @@ class Chat:
 
 def parse(argv):
     parser = argparse.ArgumentParser("chat.py", description="Chat with a trained New-LLM.")
-    parser.add_argument("--checkpoint", default="checkpoints", help="a folder or a .safetensors file")
+    parser.add_argument("--checkpoint", default="checkpoints", help="folder or .safetensors file")
     parser.add_argument("--prompt", help="answer this once and exit")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="sample from so many tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="... from the likeliest with this sum")
+    parser.add_argument("--top-p", type=float, default=1.0, help="from the likeliest adding up to p")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens of the longest answer")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer, tokens")
     parser.add_argument("--seed", type=int, help="for the same answers again")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
 

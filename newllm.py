@@ -467,8 +467,8 @@ def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.T
     guesses are corrected together: start_{j+1} = end_j + kept_j * (correction of start_j), a linear
     recurrence, solved by scan(). Newton's method would use each chunk's full Jacobian; the product
     of its forget gates is the cheap diagonal part (Lim et al., DEER, ICLR 2024; Gonzalez et al.,
-    NeurIPS 2024). That changes how many sweeps it takes, not where it ends, which is the walk. Chunks
-    of one token are the plainest case: guess, freeze the gates, scan, repeat.
+    NeurIPS 2024). That changes how many sweeps it takes, not where it ends, which is the walk.
+    Chunks of one token are the plainest case: guess, freeze the gates, scan, repeat.
 
     Args:
         u: (B, T, ·) tokens' share of the gates; s0: (B, C) state before the first token.
@@ -696,7 +696,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         seen = torch.zeros(len(input_ids), VOCAB, dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
             seen.scatter_(1, input_ids, True)
-            seen[:, IM_START:] = False  # a penalty on ChatML's tokens would keep answers from ending
+            seen[:, IM_START:] = False  # answers could not end if <|im_end|> were punished
             states = self.states(input_ids, state)[:, -1]
             state = states
             scores = self.scores(input_ids[:, -1], state)
@@ -1082,8 +1082,8 @@ class Run:
         self.scaler.update()
         sums = global_sum(sums).cpu()
         if not math.isfinite(sums[0]):
-            raise UserError(f"the loss is {sums[0]} at step {number}; train anew with a lower learning "
-                            f"rate; the last good checkpoint: "
+            raise UserError(f"the loss is {sums[0]} at step {number}; train anew with a lower "
+                            f"learning rate; the last good checkpoint: "
                             f"{best_checkpoint(Path(self.config.out)) or 'none'}")
         return sums
 
@@ -1242,7 +1242,8 @@ class ContextLoss(nn.Module):
                 diversity = self.contrast(c, ids, real, negatives) / follows
             else:
                 part = global_sum(real[:, 1:].sum()) / follows  # of the batch, if it is cut
-                diversity = part * (getattr(self, self.config.diversity)(c[real]) if part else c.sum())
+                measure = getattr(self, self.config.diversity) if part else torch.sum
+                diversity = part * measure(c[real])
                 diversity = diversity - diversity.detach() * (1 - 1 / world_size())  # count it once
         return ((1 - w) * cvfp + w * diversity + 0 * sum(p.sum() for p in self.map.parameters()),
                 cvfp, diversity,
@@ -1356,7 +1357,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
                                             [torch.eye(C)]))
         erank = effective_rank(contexts)
         say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp:.1e} | "
-            f"{config.diversity} {diversity:+.3f}{f', held out {held_out:+.3f}' if contrast else ''} | "
+            f"{config.diversity} {diversity:+.3f}"
+            f"{f', held out {held_out:+.3f}' if contrast else ''} | "
             f"effective rank {erank:.0%} | {f'{sweeps} sweeps' if sweeps else 'loop'} "
             f"| {time.perf_counter() - start:.1f} s")
         run.log("phase1", iteration, converged=share, cvfp=cvfp, diversity=diversity,
@@ -1471,7 +1473,7 @@ def evaluate(run: Run, loss: WordLoss, dialogues: list[Dialogue], rows) -> tuple
 
 def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], states: list,
            resumed) -> dict:
-    """Train the token block, and with --joint the context block; figures of the epoch to chat with."""
+    """Train the token block, with --joint both; return figures of the epoch to chat with."""
     config, device, per = run.config, run.device, max(1, run.config.batch_tokens // world_size())
     loss = WordLoss(model, config.joint)
     if not config.joint:
@@ -1633,8 +1635,8 @@ def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optio
     figures = phase2(run, model, train, val, states, resumed if phase == 2 else None)
     model = load_model(best_checkpoint(out), str(run.device))[0] if rank() == 0 else model
     some = all_states(run, model, train[:64], math.inf)
-    return model.eval(), figures | dict(tokens=sum(len(d.ids) for d in train),
-                                        effective_rank=effective_rank(model.contexts(torch.cat(some))))
+    figures["effective_rank"] = effective_rank(model.contexts(torch.cat(some)))
+    return model.eval(), figures | dict(tokens=sum(len(d.ids) for d in train))
 
 
 def scaling(config: Config, command: list[str]):

@@ -699,8 +699,9 @@ def test_without_a_network_there_is_one_line_within_seconds(args, want):
     assert seconds < 30
 
 
-EASY_QUESTIONS = [  # none of them is in the shipped dialogues; there are no right answers to compare with
-    "why is snow white?", "how do i make a sandwich?", "what is 3 + 5?", "can you recommend a hobby?",
+EASY_QUESTIONS = [  # none of them is in the shipped dialogues; prompts, without right answers
+    "why is snow white?", "how do i make a sandwich?", "what is 3 + 5?",
+    "can you recommend a hobby?",
     "what do hamsters eat?", "what is a river?", "how can i sleep better tonight?", "who made you?",
     "give me three ideas for dinner", "what does a teacher do?", "are you smarter than me?",
     "what is the opposite of cold?", "how many days are in two weeks?", "i feel sad today",
@@ -765,7 +766,7 @@ def bench_contexts(presets, shapes, device, rows):
             x = F.layer_norm(torch.randn(B, T, 256, device=device), (256,))
             u, s0 = cell.token_in(x), torch.zeros(B, C, device=device)
             work = B * T * sum(p.numel() for p in cell.recurrent())
-            if work > 2e10:  # the loop alone would take half a minute and more
+            if work > 3e10:  # the loop alone would take half a minute and more
                 print(f"{preset:8s}{B:2d} {T:6,d}   left out: more than {work / 1e9:.0f} billion "
                       f"products")
                 continue
@@ -1115,7 +1116,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", metavar="FILE", help="keep the numbers")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--head", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--ask", metavar="FOLDER", help="what its best checkpoint says to new questions")
+    parser.add_argument("--ask", metavar="FOLDER", help="what its checkpoint says to new questions")
     parser.add_argument("--compare", metavar="DATA.jsonl")
     parser.add_argument("--tokens", type=int, default=100_000, help="training tokens")
     parser.add_argument("--epochs", type=int, default=8,
