@@ -70,7 +70,7 @@ def parse(argv):
     parser.add_argument("--prompt", help="answer this once and exit")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="sample from so many tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="from the likeliest adding up to p")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest adding up to p")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer, tokens")
     parser.add_argument("--seed", type=int, help="for the same answers again")

@@ -993,6 +993,7 @@ class Baseline(nn.Module):
     def __init__(self, kind, vocab_size, dropout, E=256, state=600, max_len=512):
         super().__init__()
         self.kind, self.context_embed, self.dropout = kind, None, nn.Dropout(dropout)
+        self.learns_embeddings = True
         self.embed = nn.Embedding(vocab_size, E)
         nn.init.normal_(self.embed.weight, std=0.02)
         if kind == "GRU":
