@@ -1165,8 +1165,8 @@ def collate(dialogues: list[Dialogue], indices: list[int], device) -> tuple[torc
 
 
 @torch.no_grad()
-def all_states(run: Run, model: NewLLM, dialogues: list[Dialogue], room: float, guess=None,
-               ) -> list[Optional[torch.Tensor]]:
+def all_states(run: Run, model: NewLLM, dialogues: list[Dialogue],
+               room: float) -> list[Optional[torch.Tensor]]:
     """The states (T, C) of each dialogue, on the CPU; None for those that `room` GB cannot hold."""
     states = [None] * len(dialogues)
     for batch in tqdm(batches_of(dialogues, 16), "contexts", disable=quiet(), leave=False):
