@@ -33,6 +33,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
 
@@ -43,24 +44,21 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
 # 1. Configuration: the command line is made from these fields, context_dim becomes --context-dim
-# ------------------------------------------------------------------------------------------------
-
 
 def option(default, help, choices=None, least=None):
     """A field of Config: help gives the unit, `least` the smallest number allowed (default > 0)."""
     return field(default=default, metadata=dict(help=help, choices=choices, least=least))
 
-
 @dataclass
 class Config:
     """Every setting of a run. A preset changes some defaults, the command line any of them."""
     # data
-    data: str = option("data/chats.jsonl",
-                       "ultrachat, a Hugging Face name, a .jsonl or a .txt file")
+    data: str = option("data/chats.jsonl", "ultrachat, a Hugging Face name, a .jsonl or .txt file")
     val_data: str = option("", "the same kinds; empty: the source's own, else every tenth dialogue")
     samples: int = option(10, "dialogues to train on; 0: all", least=0)
     val_samples: int = option(20, "dialogues to validate on, at most")
@@ -73,19 +71,17 @@ class Config:
     num_layers: int = option(1, "hidden layers of the context block, and of the token block")
     context_dim: int = option(128, "C, numbers in the state")
     hidden_dim: int = option(256, "H, units of a hidden layer")
-    token_input_all_layers: bool = option(False,
-                                          "feed the token to every layer, not just the first")
+    token_input_all_layers: bool = option(False, "feed the token to all layers, not just one")
     dropout: float = option(0.0, "share of the token block's units dropped in training", least=0)
     cell: str = option("gated", "original has LayerNorm inside the loop", ("gated", "original"))
     solver: str = option("auto", "how states are found", ("auto", "parallel", "sequential"))
-    tol: float = option(5e-5,
-                        "the solver stops when no state moves by more, in units of its own size")
+    tol: float = option(5e-5, "the solver stops when no state moves by more, in units of its size")
     max_sweeps: int = option(30, "sweeps after which it gives way to the token loop")
     # Phase 1
     iterations: int = option(40, "passes over the data; 0: contexts stay untrained", least=0)
     min_iterations: int = option(5, "passes before Phase 1 may stop early", least=0)
     phase1_learning_rate: float = option(2e-3, "AdamW's peak learning rate in Phase 1")
-    phase1_batch: int = option(16, "dialogues per optimizer step")
+    phase1_batch_tokens: int = option(4096, "tokens per optimizer step, in whole dialogues")
     diversity: str = option("contrast", "what spreads contexts", ("contrast", "logdet", "norm"))
     diversity_weight: float = option(0.9, "w, 0 to 1, in (1 - w) CVFP + w diversity", least=0)
     negatives: int = option(1023, "wrong next tokens to tell the right one from")
@@ -97,25 +93,20 @@ class Config:
     embedding_rate: float = option(1.0, "share of it for learned embeddings; they overfit first")
     batch_tokens: int = option(64, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
-    patience: int = option(0, "epochs without a better validation loss before training stops; 0: "
-                                "never stop, and chat with the last epoch, not the best", least=0)
-    stop_after: int = option(0, "epochs after which this call stops, for --resume; 0: run them all",
-                             least=0)
-    cache_gb: float = option(4.0,
-                             "GB for the states; if they do not fit, each batch's are recomputed")
+    patience: int = option(0, "epochs without gain before it stops; 0: never, last is best", least=0)
+    stop_after: int = option(0, "epochs after which to save and stop, to be resumed; 0: no", least=0)
+    cache_gb: float = option(4.0, "GB for states; if they do not fit, each batch's are recomputed")
     # both phases, and the machine
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     warmup: int = option(10, "optimizer steps of linear warm-up", least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient")
     seed: int = option(42, "seed of everything random", least=0)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = option("auto", "of token block and head",
-                        ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "outside the states", ("auto", "float32", "bfloat16", "float16"))
     out: str = option("checkpoints", "folder of the checkpoints")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     scaling: str = option("", "sizes such as 50,100,200: train a model on each, fit a power law")
     tensorboard: str = option("", "folder for TensorBoard's logs")
-
 
 SERIOUS = dict(data="ultrachat", val_samples=100, dropout=0.3, iterations=8, epochs=10, patience=3,
                learning_rate=2e-3, embedding_rate=0.2, batch_tokens=2048, weight_decay=0.01)
@@ -125,28 +116,21 @@ PRESETS = {
     "large": SERIOUS | dict(samples=1000, num_layers=4, context_dim=512, hidden_dim=1024,
                             max_len=1024, batch_tokens=8192),
 }
-MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "cache_gb",
-              "tensorboard"}  # what --resume may be given anew
-PHASE_2_ONLY = MAY_CHANGE - {"cache_gb"} | {  # what Phase 1's result does not depend on
+MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "tensorboard"}
+PHASE_2_ONLY = MAY_CHANGE | {  # what Phase 1 does not depend on (the data's content it does)
     "learning_rate", "embedding_rate", "batch_tokens", "dropout", "dtype", "show_data", "scaling",
     "data", "val_data"}
-
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2, no traceback."""
 
-
 def check(config: Config) -> Config:
     """The config itself, or UserError where a value makes no sense."""
     for f in fields(config):
-        value, flag, choices = getattr(config, f.name), flag_of(f.name), f.metadata["choices"]
-        if f.type in (int, float):
-            least = f.metadata["least"]
-            if not math.isfinite(value) or value < (least or 0) or least is None and value == 0:
-                raise UserError(f"{flag} {value}: give a number "
-                                + ("above 0" if least is None else f"of at least {least}"))
-        if choices and value not in choices:
-            raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
+        value, least = getattr(config, f.name), f.metadata["least"]
+        if f.type in (int, float) and not (value > 0 if least is None else value >= least):
+            raise UserError(f"{flag_of(f.name)} {value}: give a number "
+                            + ("above 0" if least is None else f"of at least {least}"))
     if config.dropout >= 1 or config.diversity_weight > 1:
         raise UserError("--dropout must be below 1, --diversity-weight at most 1")
     if config.cell == "original" and config.solver == "parallel":
@@ -156,10 +140,8 @@ def check(config: Config) -> Config:
         raise UserError(f"--scaling {config.scaling}: give two sizes or more, such as 50,100,200")
     return config
 
-
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
-
 
 def parse(argv: list[str]) -> tuple[Config, dict]:
     """The command line as a Config, and what it asks for by name (a preset's values included)."""
@@ -172,33 +154,27 @@ def parse(argv: list[str]) -> tuple[Config, dict]:
     for name, changes in PRESETS.items():
         listed = ", ".join(f"{k} {v}" for k, v in changes.items())
         presets.add_argument(f"--{name}", dest="preset", action="store_const", const=name,
-                             default=argparse.SUPPRESS, help=f"preset: {listed}")
+                             default=argparse.SUPPRESS, help=f"preset: {listed or 'the defaults'}")
     for f in fields(Config):
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
                 dict(type=f.type, choices=f.metadata["choices"], metavar=f.name.upper()))
         parser.add_argument(flag_of(f.name), default=argparse.SUPPRESS, **kind,
                             help=f"{f.metadata['help']} (default: {f.default or 'none'})")
     given = vars(parser.parse_args(argv))
-    preset = PRESETS[given.get("preset", "small")]
-    asked = (preset if "preset" in given else {}) | given
-    asked.pop("preset", None)
-    return check(replace(Config(), **(preset | asked))), asked
-
+    asked = PRESETS[given.pop("preset", "small")] | given
+    return check(replace(Config(), **asked)), asked
 
 # ------------------------------------------------------------------------------------------------
 # 2. Data: dialogues in; token ids, and a mask of the assistant's words, out
-# ------------------------------------------------------------------------------------------------
 
 IM_START, IM_END, VOCAB_USED, VOCAB = 50257, 50258, 50259, 50304
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", system="system")
 if Path("data/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").exists():  # the name tiktoken looks for
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path("data").resolve()))
 
-
-def cause(error: Exception) -> str:
-    """The first line of an error, short enough for ours."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
-
+class Dialogue(NamedTuple):
+    ids: Tensor   # (T,) int32
+    mask: Tensor  # (T,) bool, True on the assistant's text and its <|im_end|>
 
 class Tokenizer:
     """GPT-2's byte-pair encoding (r50k_base of https://github.com/openai/tiktoken) and ChatML."""
@@ -219,54 +195,59 @@ class Tokenizer:
 
         encode_ordinary() knows no special tokens: typing "<|im_end|>" gives its nine characters.
         """
-        head, tail = ([IM_START] + self.bpe.encode_ordinary(role + "\n"),
-                      self.bpe.encode_ordinary("\n"))
+        head, tail = self.head(role), self.bpe.encode_ordinary("\n")
         body, target = self.bpe.encode_ordinary(text) + [IM_END], role == "assistant"
         return head + body + tail, [False] * len(head) + [target] * len(body) + [False] * len(tail)
 
+    def head(self, role: str) -> list[int]:
+        return [IM_START] + self.bpe.encode_ordinary(role + "\n")
+
     def question(self, text: str) -> list[int]:
         """A user's message, and the head of the answer that the model is to write."""
-        return self.message("user", text)[0] + [IM_START] + self.bpe.encode_ordinary("assistant\n")
+        return self.message("user", text)[0] + self.head("assistant")
 
     def text(self, ids: list[int]) -> str:
         return self.bpe.decode(ids, errors="replace")
 
+def cause(error: Exception) -> str:
+    """The first line of an error, short enough for ours."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
 
 def messages_of(record: dict, where: str) -> list[tuple[str, str]]:
     """(role, text) pairs of a record with messages (UltraChat) or conversations (ShareGPT)."""
-    turns = isinstance(record, dict) and record.get("messages", record.get("conversations"))
-    if not isinstance(turns, list):
-        raise UserError(f"{where}: no list called messages or conversations")
-    if not turns:
-        raise UserError(f"{where}: an empty dialogue")
-    pairs = []
-    for turn in turns:
-        turn = turn if isinstance(turn, dict) else {}
-        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES or not isinstance(text, str):
-            raise UserError(f"{where}: " + (f"the {role}'s message has no text" if role in ROLES
-                                            else f"unknown role {role!r}; use {', '.join(ROLES)}"))
-        pairs.append((ROLES[role], text))
-    if not any(role == "assistant" and text for role, text in pairs):
-        raise UserError(f"{where}: no assistant message, so nothing to learn from")
-    return pairs
+    try:
+        turns = record["messages"] if "messages" in record else record["conversations"]
+        pairs = [(turn["role"], turn["content"]) if "role" in turn else
+                 (turn["from"], turn["value"]) for turn in turns]
+        ends = [text.strip() for _, text in pairs]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{where}: no list called messages or conversations, of a role and a text "
+                        f"each") from None
+    for role, _ in pairs:
+        if role not in ROLES:
+            raise UserError(f"{where}: unknown role {role!r}; use {', '.join(ROLES)}")
+    if not any(ROLES[role] == "assistant" and text for (role, _), text in zip(pairs, ends)):
+        raise UserError(f"{where}: " + ("no assistant message, so nothing to learn from" if pairs
+                                        else "an empty dialogue"))
+    return [(ROLES[role], text) for role, text in pairs]
 
+def is_file(name: str) -> bool:
+    """A local file, existing or meant; anything else is a name on the Hugging Face hub."""
+    return Path(name).suffix in (".jsonl", ".json", ".txt") or Path(name).exists()
 
 def read_file(path: Path) -> Iterator[str | list[tuple[str, str]]]:
-    """The dialogues of a .jsonl file; of any other file the whole text, as one string."""
+    """The dialogues of a .jsonl file; of a .txt file the whole text, as one string."""
+    if path.suffix not in (".jsonl", ".txt"):
+        raise UserError(f"{path}: unknown kind of file; give a .jsonl or a .txt file")
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); "
-                        f"give a .jsonl or .txt file") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); give a text file") from None
     except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}); "
-                        f"give --data an existing file") from None
+        raise UserError(f"cannot read {path} ({e.strerror}); name an existing file") from None
     if path.suffix == ".txt":
         yield text
         return
-    if path.suffix != ".jsonl":
-        raise UserError(f"{path}: unknown kind of file; give a .jsonl or a .txt file")
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -275,21 +256,15 @@ def read_file(path: Path) -> Iterator[str | list[tuple[str, str]]]:
                 raise UserError(f"{path} line {number} is not JSON: {e}") from None
             yield messages_of(record, f"{path} line {number}")
 
-
 def read_hub(name: str, splits: tuple[str, ...]) -> Iterator[list[tuple[str, str]]]:
-    """Dialogues of a Hugging Face dataset, streamed: only what is read is downloaded, once."""
+    """Dialogues of a Hugging Face dataset's first split of these, streamed as far as is read."""
     from huggingface_hub import HfApi
     name = "HuggingFaceH4/ultrachat_200k" if name == "ultrachat" else name
     try:
         HfApi().dataset_info(name, timeout=5)  # datasets alone would go on trying for half a minute
         import datasets
-        from datasets.distributed import split_dataset_by_node
         split = next((s for s in splits if s in datasets.get_dataset_split_names(name)), None)
-        if split is None:
-            return
-        stream = datasets.load_dataset(name, split=split, streaming=True)
-        if world_size() > 1:
-            stream = split_dataset_by_node(stream.reshard(), rank(), world_size())
+        stream = datasets.load_dataset(name, split=split, streaming=True) if split else ()
         for number, record in enumerate(stream, 1):
             try:
                 yield messages_of(record, f"{name}, {split}, record {number}")
@@ -301,64 +276,6 @@ def read_hub(name: str, splits: tuple[str, ...]) -> Iterator[list[tuple[str, str
     except Exception as e:  # whatever the network does
         raise UserError(f"cannot read dataset {name} ({cause(e)}); offline, use the shipped "
                         f"dialogues: --data data/chats.jsonl") from None
-
-
-class Dialogue(NamedTuple):
-    ids: torch.Tensor   # (T,) int32
-    mask: torch.Tensor  # (T,) bool, True on the assistant's text and its <|im_end|>
-
-
-def prepare(config: Config, tokenizer: Tokenizer) -> tuple[list[Dialogue], list[Dialogue]]:
-    """This process's share of the dialogues to train on and to validate on; none is in both.
-
-    Raises UserError where a source is missing, broken or empty. Tokenised data is cached.
-    """
-    beside = Path(config.data).with_name(Path(config.data).stem + "_val.jsonl")
-    held_out = config.val_data or (str(beside) if is_file(config.data) and beside.exists() else "")
-    content = [Path(name).suffix + hashlib.sha256(Path(name).read_bytes()).hexdigest()
-               if Path(name).is_file() else name
-               for name in (config.data, held_out)]
-    key = [content, config.samples, config.val_samples, config.max_len, rank(), world_size()]
-    path = Path(config.cache) / f"tokens-{digest(key)}.safetensors"
-    if not path.exists():
-        counts = dict(cut=0, dropped=0)
-
-        def read(name, splits, limit):
-            source = (itertools.islice(read_file(Path(name)), rank(), None, world_size())
-                      if is_file(name) else read_hub(name, splits))
-            dialogues = tokenise(source, tokenizer, config.max_len, counts)
-            return list(itertools.islice(dialogues, -(-limit // world_size()) if limit else None))
-
-        val = [] if is_file(config.data) and not held_out else read(
-            held_out or config.data, ("test_sft", "validation", "test"), config.val_samples)
-        limit = config.samples
-        train = read(config.data, ("train_sft", "train"),
-                     limit + (0 if val else limit // 9 + 1) * bool(limit))
-        if not val:  # every tenth, or the last if there are fewer
-            last = min(9, len(train) - 1)
-            train, val = [d for i, d in enumerate(train) if i % 10 != last], train[last::10]
-        train = train[:-(-limit // world_size()) if limit else None]
-        seen = {d.ids.numpy().tobytes() for d in train}
-        val = [d for d in val if d.ids.numpy().tobytes() not in seen][:config.val_samples]
-        if not train or not val:
-            raise UserError(f"{config.data}: {len(train)} dialogues to train on and {len(val)} "
-                            f"others to validate on, one of each is needed; see --val-data and "
-                            f"--max-len")
-        both = train + val
-        save_tensors(path, dict(ids=torch.cat([d.ids for d in both]),
-                                mask=torch.cat([d.mask for d in both]),
-                                lengths=torch.tensor([len(d.ids) for d in both])),
-                     counts | dict(train=len(train)))
-    tensors, counts = load_tensors(path)
-    lengths, n = tensors["lengths"].tolist(), counts["train"]
-    both = [Dialogue(*pair)
-            for pair in zip(tensors["ids"].split(lengths), tensors["mask"].split(lengths))]
-    say(f"data: {n} dialogues of {config.data}, {sum(lengths[:n]):,} tokens, {targets(both[:n]):,} "
-        f"of them targets; {len(both) - n} held out; {counts['cut']} cut at {config.max_len} "
-        f"tokens, {counts['dropped']} dropped without a target" +
-        " (this process's share)" * (world_size() > 1))
-    return both[:n], both[n:]
-
 
 def tokenise(source, tokenizer: Tokenizer, max_len: int, counts: dict) -> Iterator[Dialogue]:
     """Dialogues as ids and masks; counts what max_len cut, and what was left without a target."""
@@ -377,20 +294,63 @@ def tokenise(source, tokenizer: Tokenizer, max_len: int, counts: dict) -> Iterat
         else:
             counts["dropped"] += 1
 
+def prepare(config: Config, tokenizer: Tokenizer) -> tuple[list[Dialogue], list[Dialogue]]:
+    """The dialogues to train on and to validate on; none is in both. Tokenised data is cached.
 
-def is_file(name: str) -> bool:
-    """A local file, existing or meant; anything else is a name on the Hugging Face hub."""
-    return Path(name).suffix in (".jsonl", ".json", ".txt") or Path(name).exists()
+    Raises UserError where a source is missing, broken or empty.
+    """
+    beside = Path(config.data).with_name(Path(config.data).stem + "_val.jsonl")
+    held_out = config.val_data or (str(beside) if is_file(config.data) and beside.exists() else "")
+    content = [Path(name).suffix + hashlib.sha256(Path(name).read_bytes()).hexdigest()
+               if Path(name).is_file() else name for name in (config.data, held_out)]
+    path = Path(config.cache) / "tokens-{}.safetensors".format(
+        digest([content, config.samples, config.val_samples, config.max_len]))
+    with first_on_its_machine():
+        if not path.exists():
+            save_tensors(path, *tokens_of(config, held_out, tokenizer))
+    tensors, notes = load_tensors(path)
+    lengths, n = tensors["lengths"].tolist(), notes["train"]
+    both = [Dialogue(*pair)
+            for pair in zip(tensors["ids"].split(lengths), tensors["mask"].split(lengths))]
+    say(f"data: {n} dialogues of {config.data}, {sum(lengths[:n]):,} tokens, {targets(both[:n]):,} "
+        f"of them targets; {len(both) - n} held out; {notes['cut']} cut at {config.max_len} "
+        f"tokens, {notes['dropped']} dropped without a target")
+    return both[:n], both[n:]
 
+def tokens_of(config: Config, held_out: str, tokenizer: Tokenizer) -> tuple[dict, dict]:
+    """What prepare() caches: all tokens in a row, their masks, lengths; how many are for training.
+    """
+    counts = dict(cut=0, dropped=0)
+
+    def read(name, splits, limit):
+        source = read_file(Path(name)) if is_file(name) else read_hub(name, splits)
+        dialogues = tokenise(source, tokenizer, config.max_len, counts)
+        return list(itertools.islice(dialogues, limit or None))
+
+    val, limit = [], config.samples
+    if held_out or not is_file(config.data):
+        val = read(held_out or config.data, ("test_sft", "validation", "test"), config.val_samples)
+    train = read(config.data, ("train_sft", "train"),
+                 limit and limit + (0 if val else limit // 9 + 1))
+    if not val:  # every tenth, or the last if there are fewer
+        last = min(9, len(train) - 1)
+        train, val = [d for i, d in enumerate(train) if i % 10 != last], train[last::10]
+    train = train[:limit or None]
+    seen = {d.ids.numpy().tobytes() for d in train}
+    val = [d for d in val if d.ids.numpy().tobytes() not in seen][:config.val_samples]
+    if not train or not val:
+        raise UserError(f"{config.data}: {len(train)} dialogues to train on and {len(val)} others "
+                        f"to validate on, one of each is needed; see --val-data and --max-len")
+    both = train + val
+    tensors = dict(ids=torch.cat([d.ids for d in both]), mask=torch.cat([d.mask for d in both]),
+                   lengths=torch.tensor([len(d.ids) for d in both]))
+    return tensors, counts | dict(train=len(train))
 
 def targets(dialogues: list[Dialogue]) -> int:
     return sum(int(d.mask[1:].sum()) for d in dialogues)
 
-
 # ------------------------------------------------------------------------------------------------
 # 3. The contexts: one cell, walked token by token or solved for all tokens at once
-# ------------------------------------------------------------------------------------------------
-
 
 class Cell(nn.Module):
     """One step of the recurrence: (u_t, s_{t-1}) -> s_t, u_t being the token's share of the gates.
@@ -415,9 +375,9 @@ class Cell(nn.Module):
 
     def recurrent(self) -> list[nn.Parameter]:
         """All parameters but those of token_in, whose work is done before the recurrence."""
-        return [*self.state_in.parameters(), *self.hidden.parameters(), *self.gates.parameters()]
+        return [p for name, p in self.named_parameters() if not name.startswith("token_in")]
 
-    def forward(self, u: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """u (B, H or H * num_layers), s (B, C) -> the next state (B, C), the forget gate (B, C)."""
         first, *others = u.split(self.state_in.out_features, dim=-1)
         a = F.silu(first + self.state_in(s))
@@ -429,8 +389,7 @@ class Cell(nn.Module):
             return F.layer_norm(f * s + i * d, (self.C,)), f
         return torch.addcmul((1 - f) * i * d, f, s), f
 
-
-def walk(cell: Cell, u: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def walk(cell: Cell, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Token by token: u (B, T, ·), s (B, C) -> states (B, T, C), product of forget gates (B, C)."""
     states, kept = [], torch.ones_like(s)
     for u_t in u.unbind(1):
@@ -439,8 +398,7 @@ def walk(cell: Cell, u: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, to
         kept = kept * f
     return torch.stack(states, 1), kept
 
-
-def scan(f: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def scan(f: Tensor, b: Tensor) -> Tensor:
     """y_t = f_t * y_{t-1} + b_t, y_0 = 0, for all t of (B, T, C) in log2(T) steps.
 
     The doubling scan: Hillis & Steele, Data Parallel Algorithms, CACM 1986.
@@ -452,14 +410,18 @@ def scan(f: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         k *= 2
     return b
 
+def chunked(x: Tensor, L: int) -> Tensor:
+    """(B, T, D) -> (B * n, L, D): n chunks of L tokens, the last filled up with zeros."""
+    B, T, D = x.shape
+    n = -(-T // L)
+    return F.pad(x, (0, 0, 0, n * L - T)).reshape(B * n, L, D)
 
 def chunk_length(T: int, device: torch.device) -> int:
     """Tokens per chunk: about sqrt(T) on a CPU; short on a GPU, where every step is a launch."""
     return 16 if device.type == "cuda" else 2 ** max(4, math.ceil(math.log2(T) / 2))
 
-
-def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.Tensor] = None,
-          tol: float = 5e-5, max_sweeps: int = 30) -> tuple[torch.Tensor, torch.Tensor, int]:
+def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None, tol: float = 5e-5,
+          max_sweeps: int = 30) -> tuple[Tensor, Tensor, int]:
     """The states that walk() gives, for all chunks of the text side by side.
 
     Cut the text into n chunks and guess the state before each. A sweep walks all of them at once,
@@ -468,7 +430,6 @@ def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.T
     recurrence, solved by scan(). Newton's method would use each chunk's full Jacobian; the product
     of its forget gates is the cheap diagonal part (Lim et al., DEER, ICLR 2024; Gonzalez et al.,
     NeurIPS 2024). That changes how many sweeps it takes, not where it ends, which is the walk.
-    Chunks of one token are the plainest case: guess, freeze the gates, scan, repeat.
 
     Args:
         u: (B, T, ·) tokens' share of the gates; s0: (B, C) state before the first token.
@@ -477,10 +438,9 @@ def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.T
         states (B, T, C); the chunks' starts (B, n, C); sweeps taken, 0 if none of max_sweeps
         reached tol, in which case the states come from walk().
     """
-    (B, T, _), C = u.shape, s0.shape[1]
-    L = chunk_length(T, u.device)
-    n = -(-T // L)
-    chunks = F.pad(u, (0, 0, 0, n * L - T)).reshape(B * n, L, -1)
+    (B, T, _), C, L = u.shape, s0.shape[1], chunk_length(u.shape[1], u.device)
+    chunks = chunked(u, L)
+    n = len(chunks) // B
     starts = s0.new_zeros(B, n, C)
     if guess is not None:
         starts[:, 1:] = guess[:, L - 1:(n - 1) * L:L]
@@ -496,7 +456,6 @@ def solve(cell: Cell, u: torch.Tensor, s0: torch.Tensor, guess: Optional[torch.T
     states = walk(cell, u, s0)[0]
     starts[:, 1:] = states[:, L - 1:(n - 1) * L:L]
     return states, starts, 0
-
 
 class ParallelStates(torch.autograd.Function):
     """solve() with its gradient: the same recurrence, run from right to left.
@@ -516,21 +475,17 @@ class ParallelStates(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         u, starts = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        (B, T, _), (_, n, C) = u.shape, starts.shape
-        L = chunk_length(T, u.device)
+        (B, n, C), L = starts.shape, chunk_length(u.shape[1], u.device)
         with torch.enable_grad():
-            chunks = F.pad(u, (0, 0, 0, n * L - T)).reshape(B * n, L, -1)
-            states, kept = walk(ctx.cell, chunks, starts.view(B * n, C))
-        grad = F.pad(grad, (0, 0, 0, n * L - T)).reshape(B * n, L, C)
-        kept = kept.detach().view(B, n, C)
+            states, kept = walk(ctx.cell, chunked(u, L), starts.view(B * n, C))
+        grad, kept = chunked(grad, L), kept.detach().view(B, n, C)
         inside = torch.autograd.grad(states, starts, grad, retain_graph=True)[0]
         m, ends = inside, torch.zeros_like(grad)
         for _ in range(ctx.max_sweeps if n > 1 else 0):
             later = F.pad(m[:, 1:], (0, 0, 0, 1))  # what arrives at each chunk's end
             ends[:, -1] = later.reshape(B * n, C)
             through = torch.autograd.grad(states, starts, ends, retain_graph=True)[0]
-            b = inside + through - kept * later
-            new = scan(kept.flip(1), b.flip(1)).flip(1)
+            new = scan(kept.flip(1), (inside + through - kept * later).flip(1)).flip(1)
             change, m = (new - m).norm(), new
             if change <= 1e-3 * m.norm():
                 break
@@ -538,18 +493,16 @@ class ParallelStates(torch.autograd.Function):
         gradients = torch.autograd.grad(states, (u, *ctx.cell.recurrent()), grad + ends)
         return None, gradients[0], m[:, 0], None, None, None, *gradients[1:]
 
-
 # ------------------------------------------------------------------------------------------------
-# 4. The model: the context block, the token block, the output head
-# ------------------------------------------------------------------------------------------------
-
+# 4. The model: the context block, the token block, the output head; how it writes
 
 class HeadLoss(torch.autograd.Function):
     """Sum of the cross entropies of h W^T, and how many were right, without the (N, V) logits.
 
     h (N, E), weight (V, E), targets (N,) -> loss (), correct (). Loss and gradient are computed
-    chunk by chunk of rows in two buffers of about 64 MiB that are allocated once. The idea is that
-    of Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989).
+    chunk by chunk of rows in two buffers of about 64 MiB; fresh large ones for each chunk would
+    cost more than the arithmetic. The idea is that of Liger Kernel's fused linear cross entropy
+    (https://arxiv.org/abs/2410.10989).
     """
 
     @staticmethod
@@ -585,60 +538,52 @@ class HeadLoss(torch.autograd.Function):
         grad_h, grad_W = ctx.saved_tensors
         return grad_h.mul_(grad), None if grad_W is None else grad_W.mul_(grad), None, None
 
-
 class Output(NamedTuple):
-    loss: Optional[torch.Tensor]
-    logits: Optional[torch.Tensor]  # (B, T, V)
-    state: torch.Tensor             # (B, C), after the last token
-
+    loss: Optional[Tensor]
+    logits: Optional[Tensor]  # (B, T, V)
+    state: Tensor             # (B, C), after the last token
 
 class NewLLM(nn.Module, PyTorchModelHubMixin):
     """Context block and token block over one table of embeddings, which also is the output head.
 
-    separate_context_embedding: the context block reads a table of its own. Frozen contexts need it
-    where embeddings are learned, for Phase 2 goes on learning those of the head.
+    embeddings: "shared" by both blocks; "frozen", GPT-2's, shared and not trained; "separate", the
+    context block reads a table of its own, which frozen contexts need where embeddings are learned,
+    for Phase 2 goes on learning those of the head.
     """
 
     def __init__(self, vocab_size: int = VOCAB, embed_dim: int = 256, context_dim: int = 128,
                  hidden_dim: int = 256, num_layers: int = 1, token_input_all_layers: bool = False,
                  dropout: float = 0.0, cell: str = "gated", solver: str = "auto", tol: float = 5e-5,
-                 max_sweeps: int = 30, separate_context_embedding: bool = False):
+                 max_sweeps: int = 30, embeddings: str = "shared"):
+        self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         V, E, C, H = vocab_size, embed_dim, context_dim, hidden_dim
         self.solver, self.tol, self.max_sweeps, self.sweeps = solver, tol, max_sweeps, 0
-        self.token_input_all_layers, self.learns_embeddings = token_input_all_layers, True
-        self.embed = nn.Embedding(V, E)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        self.context_embed = nn.Embedding(V, E) if separate_context_embedding else None
-        if separate_context_embedding:
-            nn.init.normal_(self.context_embed.weight, std=0.02)
+        self.embed = nn.Embedding(V, E).requires_grad_(embeddings != "frozen")
+        self.context_embed = nn.Embedding(V, E) if embeddings == "separate" else None
+        for table in filter(None, (self.embed, self.context_embed)):
+            nn.init.normal_(table.weight, std=0.02)
         self.cell = Cell(E, C, H, num_layers, token_input_all_layers, cell)
-        inputs = [E + C] + [H + (E if token_input_all_layers else 0)] * (num_layers - 1)
+        self.again = E if token_input_all_layers else 0
+        inputs = [E + C] + [H + self.again] * (num_layers - 1)
         self.hidden = nn.ModuleList(nn.Linear(width, H) for width in inputs)
         self.out, self.norm, self.dropout = nn.Linear(H, E), nn.LayerNorm(E), nn.Dropout(dropout)
 
-    @classmethod
-    def of(cls, config: Config, embed_dim: int, separate_context_embedding: bool) -> "NewLLM":
-        names = ("context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout",
-                 "cell", "solver", "tol", "max_sweeps")
-        return cls(embed_dim=embed_dim, separate_context_embedding=separate_context_embedding,
-                   **{name: getattr(config, name) for name in names})
-
     def context_table(self) -> nn.Embedding:
         """The embeddings that the context block reads."""
-        return self.embed if self.context_embed is None else self.context_embed
+        return self.context_embed or self.embed
 
-    def token_share(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def token_share(self, input_ids: Tensor) -> Tensor:
         """u: what the tokens (B, T) add to the context block's first layer; no recurrence in it."""
-        table = self.context_table()
-        return self.cell.token_in(F.layer_norm(table(input_ids), (table.embedding_dim,)))
+        x = self.context_table()(input_ids)
+        return self.cell.token_in(F.layer_norm(x, x.shape[-1:]))
 
-    def contexts(self, states: torch.Tensor) -> torch.Tensor:
+    def contexts(self, states: Tensor) -> Tensor:
         """c = LayerNorm(s): states (..., C) -> contexts (..., C) of zero mean and unit variance."""
         return F.layer_norm(states, states.shape[-1:])
 
-    def states(self, input_ids: torch.Tensor, state: Optional[torch.Tensor] = None,
-               guess: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def states(self, input_ids: Tensor, state: Optional[Tensor] = None,
+               guess: Optional[Tensor] = None) -> Tensor:
         """Context block: ids (B, T), state (B, C) or None for zeros -> states (B, T, C), float32.
 
         solver="auto": on a CPU the loop wins once some dialogues are walked side by side, on a GPU
@@ -647,8 +592,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         with torch.autocast(input_ids.device.type, enabled=False):
             u = self.token_share(input_ids)
             s = u.new_zeros(len(u), self.cell.C) if state is None else state.float()
-            wanted = (self.solver == "parallel" or
-                      self.solver == "auto" and (u.is_cuda or len(u) <= 4))
+            wanted = self.solver == "parallel" or self.solver == "auto" and (u.is_cuda
+                                                                             or len(u) <= 4)
             self.sweeps = 0
             if not wanted or self.cell.kind == "original" or u.shape[1] <= 32:
                 return walk(self.cell, u, s)[0]
@@ -659,7 +604,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                     f"walked token by token")
             return states
 
-    def hidden_states(self, input_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, input_ids: Tensor, states: Tensor) -> Tensor:
         """The token block: ids (...), states (..., C) -> (..., E), ready for the output head.
 
         h = LayerNorm(x + FNN([x, c]))
@@ -667,12 +612,12 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         x = F.layer_norm(self.embed(input_ids), self.embed.weight.shape[1:])
         a = torch.cat((x, self.contexts(states)), dim=-1)
         for k, layer in enumerate(self.hidden):
-            a = torch.cat((a, x), dim=-1) if k and self.token_input_all_layers else a
+            a = torch.cat((a, x), dim=-1) if k and self.again else a
             a = self.dropout(F.silu(layer(a)))
         return self.dropout(self.norm(x + self.out(a).float()))
 
-    def forward(self, input_ids: torch.Tensor, labels: Optional[torch.Tensor] = None,
-                state: Optional[torch.Tensor] = None) -> Output:
+    def forward(self, input_ids: Tensor, labels: Optional[Tensor] = None,
+                state: Optional[Tensor] = None) -> Output:
         """ids (B, T) -> logits (B, T, V) and the state (B, C) after the last token.
 
         labels (B, T), as Hugging Face has them: not shifted, -100 is ignored. With them the mean
@@ -687,18 +632,23 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                                  torch.is_grad_enabled())
         return Output(loss / rows.sum().clamp(min=1), None, states[:, -1])
 
+    def scores(self, last_ids: Tensor, state: Tensor) -> Tensor:
+        """Logits (B, V) of the token after last_ids (B,); padding of the vocabulary excluded."""
+        scores = F.linear(self.hidden_states(last_ids, state), self.embed.weight).float()
+        scores[:, VOCAB_USED:] = -math.inf
+        return scores
+
     @torch.no_grad()
-    def stream(self, input_ids: torch.Tensor, max_new_tokens: int = 100, do_sample: bool = False,
+    def stream(self, input_ids: Tensor, max_new_tokens: int = 100, do_sample: bool = False,
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-               repetition_penalty: float = 1.0, state: Optional[torch.Tensor] = None
-               ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+               repetition_penalty: float = 1.0, state: Optional[Tensor] = None
+               ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (next token (B,), state (B, C) that has read all before it), one at a time."""
         seen = torch.zeros(len(input_ids), VOCAB, dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
             seen.scatter_(1, input_ids, True)
             seen[:, IM_START:] = False  # answers could not end if <|im_end|> were punished
-            states = self.states(input_ids, state)[:, -1]
-            state = states
+            state = self.states(input_ids, state)[:, -1]
             scores = self.scores(input_ids[:, -1], state)
             if repetition_penalty != 1:
                 punished = torch.where(scores < 0, scores * repetition_penalty,
@@ -708,17 +658,10 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             yield token, state
             input_ids = token[:, None]
 
-    def scores(self, last_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) of the token after last_ids (B,); padding of the vocabulary excluded."""
-        scores = F.linear(self.hidden_states(last_ids, state), self.embed.weight).float()
-        scores[:, VOCAB_USED:] = -math.inf
-        return scores
-
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 100, do_sample: bool = False,
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 100, do_sample: bool = False,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                  repetition_penalty: float = 1.0, num_beams: int = 1,
-                 eos_token_id: Optional[int] = None, state: Optional[torch.Tensor] = None
-                 ) -> torch.Tensor:
+                 eos_token_id: Optional[int] = None, state: Optional[Tensor] = None) -> Tensor:
         """ids (B, T) -> (B, T + new), argument names and meanings as in Hugging Face's generate().
 
         Rows that have ended are filled up with eos_token_id. state: what was read before input_ids.
@@ -727,13 +670,12 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         if num_beams > 1:
             if do_sample or repetition_penalty != 1:
                 raise ValueError("beam search takes neither do_sample nor repetition_penalty")
-            rows = [self.beam_search(input_ids[i:i + 1], max_new_tokens, num_beams, eos_token_id,
+            rows = [self.beam_search(ids[None], max_new_tokens, num_beams, eos_token_id,
                                      None if state is None else state[i:i + 1])
-                    for i in range(len(input_ids))]
-            fill = 0 if eos_token_id is None else eos_token_id
-            new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+                    for i, ids in enumerate(input_ids)]
+            new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos_token_id or 0)
             return torch.cat((input_ids, new), 1)
-        new, ended = [], torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        new, ended = [], torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         for token, _ in self.stream(input_ids, max_new_tokens, do_sample, temperature, top_k, top_p,
                                     repetition_penalty, state):
             if eos_token_id is not None:
@@ -745,8 +687,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         return torch.cat((input_ids, torch.stack(new, 1)), 1)
 
     @torch.no_grad()
-    def beam_search(self, input_ids: torch.Tensor, max_new_tokens: int, num_beams: int,
-                    eos_token_id: Optional[int], state: Optional[torch.Tensor]) -> torch.Tensor:
+    def beam_search(self, input_ids: Tensor, max_new_tokens: int, num_beams: int,
+                    eos_token_id: Optional[int], state: Optional[Tensor]) -> Tensor:
         """ids (1, T) -> the new ids of the beam with the best mean log-probability per token.
 
         A beam is a row of the state, so following one costs C numbers, not a copy of a cache.
@@ -758,8 +700,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             best, flat = scores.flatten().topk(min(2 * num_beams, scores.numel()))  # some may end
             parent, token = flat // scores.shape[1], flat % scores.shape[1]
             grown = torch.cat((beams[parent], token[:, None]), 1)
-            ended = (torch.zeros_like(token, dtype=torch.bool) if eos_token_id is None
-                     else token == eos_token_id)
+            ended = token == (-1 if eos_token_id is None else eos_token_id)
             done += [(best[k].item() / length, grown[k])
                      for k in ended[:num_beams].nonzero()[:, 0].tolist()]
             keep = (~ended).nonzero()[:num_beams, 0]
@@ -770,8 +711,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         done += [(total.item() / length, beam) for total, beam in zip(totals, beams)]
         return max(done, key=lambda pair: pair[0])[1]
 
-
-def sample(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+def sample(scores: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """One token id per row (B,) of logits (B, V). top_k 0 and top_p 1 switch those filters off."""
     scores = scores / max(temperature, 1e-5)
     if top_k:
@@ -780,16 +720,15 @@ def sample(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -
         ordered, index = scores.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         ordered[before >= top_p] = -math.inf
-        scores = torch.full_like(scores, -math.inf).scatter_(1, index, ordered)
+        scores = scores.scatter(1, index, ordered)
     return torch.multinomial(scores.softmax(-1), 1)[:, 0]
-
 
 def make_model(config: Config) -> NewLLM:
     """A fresh model with the embeddings that --embeddings asks for, or UserError."""
-    table, name = None, config.embeddings
+    table, name, path = None, config.embeddings, Path(config.cache) / "gpt2-wte.safetensors"
     if name in ("auto", "gpt2"):
         try:
-            table = download_gpt2_embeddings(config)
+            table = read_embeddings(path if path.exists() else download_gpt2_embeddings(path))
         except UserError as e:
             if name == "gpt2":
                 raise
@@ -799,25 +738,25 @@ def make_model(config: Config) -> NewLLM:
     elif name != "learned":
         table = read_embeddings(Path(name))
     torch.manual_seed(config.seed)
+    settings = {name: getattr(config, name) for name in (
+        "embed_dim", "context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout",
+        "cell", "solver", "tol", "max_sweeps")}
     if table is None:
-        return NewLLM.of(config, config.embed_dim, separate_context_embedding=not config.joint)
-    model = NewLLM.of(config, table.shape[1], separate_context_embedding=False)
+        return NewLLM(**settings, embeddings="shared" if config.joint else "separate")
+    model = NewLLM(**settings | dict(embed_dim=table.shape[1]), embeddings="frozen")
     nn.init.normal_(model.embed.weight, std=table.std().item())  # ChatML's rows stay like that
     model.embed.weight.data[:len(table)] = table
-    model.embed.weight.requires_grad_(False)
-    model.learns_embeddings = False
     model.norm.weight.data.fill_(0.25)  # GPT-2's vectors are long: begin with small logits
     return model
 
-
-def read_embeddings(path: Path, tensor: str = "wte.weight") -> torch.Tensor:
-    """GPT-2's token embeddings (50257, 768) out of a .safetensors file."""
+def read_embeddings(path: Path) -> Tensor:
+    """GPT-2's token embeddings (50257, 768), wte.weight of a .safetensors file."""
     try:
         with safe_open(path, "pt") as file:
-            name = next((n for n in file.keys() if n in (tensor, "transformer." + tensor)), None)
+            name = next((n for n in file.keys() if n.removeprefix("transformer.") == "wte.weight"),
+                        None)
             if name is None:
-                raise UserError(f"{path} has no tensor {tensor}, only "
-                                f"{', '.join(sorted(file.keys())[:4])}")
+                raise UserError(f"{path} has no tensor wte.weight, only {sorted(file.keys())[:4]}")
             shape = tuple(file.get_slice(name).get_shape())
             if shape != (50257, 768):
                 raise UserError(f"{path}: {name} has the shape {shape}, GPT-2's is (50257, 768)")
@@ -826,65 +765,56 @@ def read_embeddings(path: Path, tensor: str = "wte.weight") -> torch.Tensor:
         raise UserError(f"--embeddings {path}: {cause(e)}; give auto, gpt2, learned or a "
                         f".safetensors file") from None
 
-
-def download_gpt2_embeddings(config: Config) -> torch.Tensor:
-    """wte.weight of openai-community/gpt2: 154 of the file's 548 MB are read, once, and cached."""
-    path = Path(config.cache) / "gpt2-wte.safetensors"
-    if not path.exists():
-        from huggingface_hub import HfApi, HfFileSystem
-        repo, name = "openai-community/gpt2", "wte.weight"
-        try:
-            HfApi().model_info(repo, timeout=5)  # one quick question before anything that retries
-            with HfFileSystem().open(f"{repo}/model.safetensors", "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                entry = json.loads(file.read(size))[name]
-                begin, end = entry["data_offsets"]
-                file.seek(8 + size + begin)
-                data = bytearray()
-                with tqdm(total=end - begin, desc=name, unit="B", unit_scale=True,
-                          disable=quiet()) as bar:
-                    while len(data) < end - begin:
-                        part = file.read(min(2 ** 23, end - begin - len(data)))
-                        if not part:
-                            raise OSError(f"{name} ended after {len(data)} bytes")
-                        data += part
-                        bar.update(len(part))
-            table = torch.frombuffer(data, dtype=torch.float32).view(entry["shape"])
-        except Exception as e:  # whatever the network does
-            raise UserError(f"GPT-2's embeddings cannot be downloaded ({cause(e)})") from None
-        save_tensors(path, {name: table}, {})
-    return read_embeddings(path)
-
+def download_gpt2_embeddings(path: Path) -> Path:
+    """Save wte.weight of openai-community/gpt2: 154 of the file's 548 MB are read."""
+    from huggingface_hub import HfApi, HfFileSystem
+    repo, part = "openai-community/gpt2", 2 ** 22
+    try:
+        HfApi().model_info(repo, timeout=5)  # one quick question before anything that retries
+        with HfFileSystem().open(f"{repo}/model.safetensors", "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(size))["wte.weight"]["data_offsets"]
+            file.seek(8 + size + begin)
+            data = b"".join(file.read(min(part, end - begin - done)) for done in tqdm(
+                range(0, end - begin, part), "GPT-2's embeddings", unit="x4MiB", disable=quiet()))
+        table = torch.frombuffer(bytearray(data), dtype=torch.float32).view(50257, 768)
+    except Exception as e:  # whatever the network does
+        raise UserError(f"GPT-2's embeddings cannot be downloaded ({cause(e)})") from None
+    save_tensors(path, {"wte.weight": table}, {})
+    return path
 
 # ------------------------------------------------------------------------------------------------
 # 5. The run: files, processes, devices, one optimizer step
-# ------------------------------------------------------------------------------------------------
-
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
+@contextlib.contextmanager
+def first_on_its_machine():
+    """The first process of a machine goes through alone; the others follow and find its files."""
+    waits = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
+    if waits:
+        dist.barrier()
+    yield
+    if world_size() > 1 and not waits:
+        dist.barrier()
 
 def say(text: str):
     """Print, on the first of several processes only."""
     if rank() == 0:
         print(text, flush=True)
 
-
 def in_notebook() -> bool:
     return hasattr(builtins, "__IPYTHON__")
-
 
 def quiet() -> bool:
     """No progress bars into files, nor from a second process."""
     return rank() > 0 or not (sys.stderr.isatty() or in_notebook())
 
-
-def global_sum(x: torch.Tensor) -> torch.Tensor:
+def global_sum(x: Tensor) -> Tensor:
     """Sum over all processes; the gradient flows into this process's share only."""
     if world_size() == 1:
         return x
@@ -892,36 +822,28 @@ def global_sum(x: torch.Tensor) -> torch.Tensor:
     dist.all_reduce(everything)
     return x + (everything - x.detach())
 
-
-def global_max(number: int, device) -> int:
-    """The largest of a number over all processes."""
-    x = torch.tensor(float(number), device=device)
-    if world_size() > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-    return int(x)
-
-
-def gather(x: torch.Tensor) -> torch.Tensor:
-    """The elements (N,) of all processes, sorted, so that their order tells nothing."""
-    parts = [x]
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, x)
-    return torch.cat(parts).sort().values
-
-
 def digest(thing) -> str:
     """A short name for anything that JSON can hold."""
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
 
+def flat(tree: dict, prefix: str = "") -> dict[str, Tensor]:
+    """{"a": {"b": tensor}} -> {"a/b": tensor}, as .safetensors files have it."""
+    return {name: t for key, value in tree.items() for name, t in
+            (flat(value, f"{prefix}{key}/") if isinstance(value, dict)
+             else {f"{prefix}{key}": value}).items()}
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict):
+def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under prefix/, by the rest of their names."""
+    return {name[len(prefix) + 1:]: t for name, t in tensors.items()
+            if name.startswith(prefix + "/")}
+
+def save_tensors(path: Path, tree: dict, notes: dict):
     """Write a .safetensors file, whole or not at all. Raises UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary,
-                  metadata=dict(newllm=json.dumps(notes)))
+        save_file({name: t.detach().cpu().contiguous() for name, t in flat(tree).items()},
+                  temporary, metadata=dict(newllm=json.dumps(notes)))
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError):
@@ -929,8 +851,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict):
         raise UserError(f"cannot write {path} ({cause(e)}); free some space, or name another "
                         f"folder with --out or --cache") from None
 
-
-def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict]:
+def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
     """What save_tensors() wrote: tensors whose names begin with prefix, and notes. Runs no code."""
     try:
         with safe_open(path, "pt") as file:
@@ -941,10 +862,23 @@ def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, torch.Tensor],
         raise UserError(f"{path} is missing, damaged or not New-LLM's ({cause(e)}); delete it or "
                         f"name another") from None
 
+def val_loss_of(path: Path) -> float:
+    return float(path.stem.rsplit("-", 1)[1])
 
-def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name[len(prefix):]: t for name, t in tensors.items() if name.startswith(prefix)}
+def best_checkpoint(folder: Path) -> Optional[Path]:
+    """What to chat with: the best by validation loss, or the last if training has no patience."""
+    best = sorted(folder.glob("epoch-*.safetensors"), key=val_loss_of)
+    last = folder / "last.safetensors"
+    if last.exists() and (not best or load_tensors(last, "none")[1]["config"]["patience"] == 0):
+        return last
+    return best[0] if best else None
 
+def load_model(path: Path, device: str = "cpu") -> tuple[NewLLM, dict]:
+    """The model of a checkpoint, ready to chat, and the checkpoint's notes."""
+    tensors, notes = load_tensors(path, "model/")
+    model = NewLLM(**notes["model"])
+    model.load_state_dict(part_of(tensors, "model"))
+    return model.to(device).eval(), notes
 
 def pick_device(name: str) -> torch.device:
     """cuda > mps > cpu, or what the user says. Raises UserError for a device that is not there."""
@@ -953,9 +887,8 @@ def pick_device(name: str) -> torch.device:
     if name != "auto" and name.split(":")[0] not in found:
         raise UserError(f"--device {name} is not there; this machine has {', '.join(found)}")
     kind = found[0] if name == "auto" else name
-    return (torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda"
-            else torch.device(kind))
-
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else (
+        torch.device(kind))
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """dtype of the matrix products outside the recurrence, and the reason for it in words."""
@@ -965,28 +898,23 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         new = torch.cuda.get_device_capability(device)[0] >= 8
         return ((torch.bfloat16, "the GPU has it") if new
                 else (torch.float16, "an older GPU, no bfloat16"))
-    if device.type == "mps":
-        return torch.float32, "safe on mps"
-    if any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
-           for unit in ("amx_tile", "avx512_bf16")):
+    if device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
+                                    for unit in ("amx_tile", "avx512_bf16")):
         return torch.bfloat16, "the CPU multiplies it in hardware, at least three times as fast"
-    return torch.float32, "the CPU has no bfloat16 in hardware"
-
+    return torch.float32, f"no bfloat16 in this {device.type}'s hardware that torch knows of"
 
 class Stopped(Exception):
     """The user asked for it; everything is saved."""
 
-
 class Run:
     """One training run: what both phases share."""
 
-    def __init__(self, config: Config, command: list[str]):
-        self.config, self.command = config, command
-        self.device = pick_device(config.device)
+    def __init__(self, config: Config):
+        self.config, self.device = config, pick_device(config.device)
         self.dtype, reason = pick_dtype(config.dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.writer, self.interrupted = None, False
-        self.pieces = 1  # parts that an optimizer step is computed in, as memory demands
+        self.writer, self.interrupted, self.saved = None, False, time.perf_counter()
+        self.parts = 1  # in which an optimizer step is computed, as memory demands
         say(f"device: {self.device}; states in float32, token block and output head in "
             f"{str(self.dtype)[6:]} ({reason})")
         if config.tensorboard and rank() == 0:
@@ -1004,14 +932,18 @@ class Run:
         self.interrupted = True
         say("\nsaving at the next safe point (Ctrl-C again: leave at once)")
 
-    def wants_to_stop(self) -> bool:
-        """Ctrl-C on one of several processes stops them all at the same step."""
-        return bool(global_sum(torch.tensor(float(self.interrupted), device=self.device)))
+    def safe_point(self, save, where: str, stop: bool = False, due: bool = True):
+        """Save once a minute where that is due, and on Ctrl-C or `stop`, which then ends the run.
 
-    def leave(self, where: str):
-        command = " ".join(["python newllm.py", *(a for a in self.command if a != "--resume"),
-                            "--resume"])
-        raise Stopped(f"stopped after {where}, everything is saved; go on with: {command}")
+        Ctrl-C on one of several processes stops them all at the same step.
+        """
+        stop = stop or bool(global_sum(torch.tensor(float(self.interrupted), device=self.device)))
+        if stop or due and time.perf_counter() - self.saved > 60:
+            save()
+            self.saved = time.perf_counter()
+        if stop:
+            raise Stopped(f"stopped after {where}, everything is saved; go on with: "
+                          f"python newllm.py --out {self.config.out} --resume")
 
     def log(self, phase: str, step: int, **values):
         for name, value in values.items() if self.writer else ():
@@ -1020,64 +952,56 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def optimizer(self, model: nn.Module, learning_rate: float, embedding_rate: float = 1.0):
-        """AdamW on what is to be learned; embeddings get their share of the learning rate."""
-        groups = [dict(params=[], share=1.0), dict(params=[], share=embedding_rate)]
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                groups["embed" in name]["params"].append(p)
-        return torch.optim.AdamW([g for g in groups if g["params"]], learning_rate,
-                                 weight_decay=self.config.weight_decay,
-                                 fused=self.device.type != "mps")
+    def optimizer(self, parameters: dict[str, nn.Parameter], rate: float, embedding_rate=1.0):
+        """AdamW on parameters by name; embeddings get their share of the learning rate."""
+        groups = [dict(params=[p for name, p in parameters.items() if ("embed" in name) == embeds],
+                       share=share) for embeds, share in ((False, 1.0), (True, embedding_rate))]
+        return torch.optim.AdamW([g for g in groups if g["params"]], rate, fused=True,
+                                 weight_decay=self.config.weight_decay)
 
-    def parallel(self, loss: nn.Module) -> nn.Module:
-        """The loss itself, or one that averages its gradients over the processes."""
-        loss.to(self.device)
-        return nn.parallel.DistributedDataParallel(loss) if world_size() > 1 else loss
-
-    def step(self, loss: nn.Module, optimizer, peak: float, progress: float, number: int,
-             split, count):
+    def step(self, optimizer, rate: float, progress: float, number: int, loss, batch, count):
         """One optimizer step on the gradient of (sum of losses) / count.
 
-        peak, progress, number: learning rate, share of the schedule done (0 to 1), step number.
-        split(pieces) lists the arguments of loss() for each part of the batch. Where one does not
-        fit into memory, the batch is cut into twice as many: tokens per step stay what they were.
-        Returns the sums over all parts and processes of what loss() returned.
+        rate, progress, number: peak learning rate, share of the schedule done, 0 to 1, step number.
+        batch(parts) lists the arguments of loss() for each part of this process's share, loss()
+        returns a sum of losses first and then other sums. Where a part does not fit into memory,
+        the batch is cut into more; tokens per step stay what they were. Returns all sums, over
+        parts and processes.
         """
         warm = min(1.0, (number + 1) / max(1, self.config.warmup))
         for group in optimizer.param_groups:
-            group["lr"] = (group["share"] * peak * warm * 0.5 *
-                           (1 + math.cos(math.pi * min(1.0, progress))))
+            group["lr"] = group["share"] * rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = self.parts
         while True:
             try:
                 optimizer.zero_grad(set_to_none=True)
-                sums = 0
-                for k, part in enumerate(split(self.pieces), 1):
-                    last = k == self.pieces or world_size() == 1
-                    with contextlib.nullcontext() if last else loss.no_sync():
-                        with self.autocast():
-                            value, *others = loss(*part)
-                        self.scaler.scale(value * (world_size() / count)).backward()
-                    sums = sums + torch.stack([v.detach().float() for v in (value, *others)])
+                sums = torch.zeros(4, device=self.device)
+                for part in batch(self.parts):
+                    values = loss(*part)
+                    self.scaler.scale(values[0] / count).backward()
+                    sums[:len(values)] += torch.stack([v.detach().float() for v in values])
                 break
             except torch.OutOfMemoryError:
-                if self.pieces >= 4096:
+                if self.parts > 4096:
                     raise UserError("not even a small part of a batch fits into the device's "
                                     "memory; lower --hidden-dim or --max-len, or use "
                                     "--device cpu") from None
-                self.pieces *= 2
+                self.parts += -(-self.parts // 4)  # small steps, to leave little memory unused
                 torch.cuda.empty_cache()
-                say(f"batch size: out of memory, a step is now computed in {self.pieces} parts")
-        if number == 0:
+        if number == 0 or self.parts > before:
             memory = "a CPU takes up to 8,192 tokens at once"
             if self.device.type == "cuda":
-                free, _ = torch.cuda.mem_get_info(self.device)
-                peak = torch.cuda.max_memory_allocated(self.device)
+                peak, (free, _) = (torch.cuda.max_memory_allocated(self.device),
+                                   torch.cuda.mem_get_info(self.device))
                 memory = f"{peak / 2**30:.2f} GiB at the peak, {free / 2**30:.2f} GiB still free"
-            say(f"batch size: a step is computed in {self.pieces} part(s): {memory}")
+            say(f"batch size: a step is computed in {self.parts} part(s): {memory}")
+        if world_size() > 1:  # each has the gradient of its share, and the sum is the whole one
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
         self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]],
-                                 self.config.grad_clip)
+        nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
         self.scaler.step(optimizer)
         self.scaler.update()
         sums = global_sum(sums).cpu()
@@ -1087,332 +1011,263 @@ class Run:
                             f"{best_checkpoint(Path(self.config.out)) or 'none'}")
         return sums
 
-    def save(self, name: str, model: "NewLLM", optimizer, more: dict[str, torch.Tensor], **notes):
+    def save(self, name: str, model: NewLLM, optimizer, more: dict, **notes):
         """A checkpoint: all chatting needs (weights, config, tokenizer) and all resuming needs."""
-        tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | more
-        for k, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{k}.{what}": v for what, v in values.items()}
-        tensors["random.cpu"] = torch.get_rng_state()
+        chance = dict(cpu=torch.get_rng_state())
         if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+            chance["cuda"] = torch.cuda.get_rng_state(self.device)
         if rank() == 0:
-            save_tensors(Path(self.config.out) / name, tensors, notes | dict(
-                config=asdict(self.config), embed_dim=model.embed.embedding_dim, pieces=self.pieces,
-                learns_embeddings=model.learns_embeddings,
-                tokenizer="tiktoken r50k_base + ChatML", scale=self.scaler.get_scale()))
+            save_tensors(Path(self.config.out) / name, more | dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict()["state"], random=chance),
+                notes | dict(config=asdict(self.config), model=model.settings, parts=self.parts,
+                             scaler=self.scaler.state_dict(),
+                             tokenizer="tiktoken r50k_base + ChatML"))
 
-    def restore(self, tensors: dict, notes: dict, model: "NewLLM", optimizer):
-        """Undo save(): go on as if nothing had happened."""
-        model.load_state_dict(part_of(tensors, "model."))
+    def restore(self, tensors: dict, notes: dict, optimizer):
+        """Undo save(), but for the weights: go on as if nothing had happened."""
         state = {}
-        for key, value in part_of(tensors, "optimizer.").items():
-            number, what = key.split(".")
+        for name, value in part_of(tensors, "optimizer").items():
+            number, what = name.split("/")
             state.setdefault(int(number), {})[what] = value
-        optimizer.load_state_dict(dict(state=state,
-                                       param_groups=optimizer.state_dict()["param_groups"]))
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=notes["scale"] or 2.0**16,
-                                           enabled=self.scaler.is_enabled())
-        self.pieces = notes["pieces"]
-
-
-def val_loss_of(path: Path) -> float:
-    return float(path.stem.rsplit("-", 1)[1])
-
-
-def best_checkpoint(folder: Path) -> Optional[Path]:
-    """What to chat with: the best by validation loss, or the last if training has no patience."""
-    last, best = (folder / "last.safetensors",
-                  sorted(folder.glob("epoch-*.safetensors"), key=val_loss_of))
-    if last.exists() and (not best or load_tensors(last, "none")[1]["config"]["patience"] == 0):
-        return last
-    return best[0] if best else None
-
-
-def load_model(path: Path, device: str = "cpu") -> tuple["NewLLM", dict]:
-    """The model of a checkpoint, ready to chat, and the checkpoint's notes."""
-    tensors, notes = load_tensors(path, "model.")
-    weights = part_of(tensors, "model.")
-    model = NewLLM.of(Config(**notes["config"]), notes["embed_dim"],
-                      "context_embed.weight" in weights)
-    model.load_state_dict(weights)
-    return model.to(device).eval(), notes
-
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        self.scaler.load_state_dict(notes["scaler"])
+        self.parts = notes["parts"]
 
 # ------------------------------------------------------------------------------------------------
 # 6. Phase 1: learn the contexts of all tokens at once; no word is predicted
-# ------------------------------------------------------------------------------------------------
 
+def batches_of(dialogues: list[Dialogue], tokens: int) -> list[list[int]]:
+    """Indices of dialogues of like length, at most `tokens` together, but one at least."""
+    batches = [[]]
+    for i in sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids)):
+        if batches[-1] and (len(batches[-1]) + 1) * len(dialogues[i].ids) > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
-def batches_of(dialogues: list[Dialogue], size: int) -> list[list[int]]:
-    """Indices of dialogues of like length, `size` together, to waste little on padding."""
-    order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids))
-    return [order[k:k + size] for k in range(0, len(order), size)]
-
-
-def pad(tensors: list[torch.Tensor], device) -> torch.Tensor:
+def pad(tensors: list[Tensor], device) -> Tensor:
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
 
-
-def collate(dialogues: list[Dialogue], indices: list[int], device) -> tuple[torch.Tensor, ...]:
+def collate(dialogues: list[Dialogue], indices: list[int], device) -> tuple[Tensor, Tensor, Tensor]:
     """ids (B, T) int64, targets (B, T) bool and real (B, T) bool, which is False on padding."""
-    some = [dialogues[i] for i in indices] or [Dialogue(torch.zeros(2), torch.zeros(2))]
-    real = pad([torch.full((len(d.ids),), bool(indices)) for d in some], device)
-    return (pad([d.ids for d in some], device).long(),
-            pad([d.mask for d in some], device).bool(), real)
-
+    some = [dialogues[i] for i in indices]
+    return (pad([d.ids for d in some], device).long(), pad([d.mask for d in some], device),
+            pad([torch.ones_like(d.mask) for d in some], device))
 
 @torch.no_grad()
 def all_states(run: Run, model: NewLLM, dialogues: list[Dialogue],
-               room: float) -> list[Optional[torch.Tensor]]:
-    """The states (T, C) of each dialogue, on the CPU; None for those that `room` GB cannot hold."""
-    states = [None] * len(dialogues)
-    for batch in tqdm(batches_of(dialogues, 16), "contexts", disable=quiet(), leave=False):
-        room -= sum(len(dialogues[i].ids) for i in batch) * model.cell.C * 4 / 1e9
-        if room >= 0:
-            for i, s in zip(batch, model.states(collate(dialogues, batch, run.device)[0]).cpu()):
-                states[i] = s[:len(dialogues[i].ids)].clone()
+               wanted: Optional[list[int]] = None) -> dict[int, Tensor]:
+    """The states (T, C), on the CPU, of the wanted dialogues (all of them, if None)."""
+    states = {}
+    wanted = range(len(dialogues)) if wanted is None else wanted
+    batches = batches_of([dialogues[i] for i in wanted], 8192)
+    for batch in tqdm(batches, "contexts", disable=quiet(), leave=False):
+        batch = [wanted[k] for k in batch]
+        for i, s in zip(batch, model.states(collate(dialogues, batch, run.device)[0]).cpu()):
+            states[i] = s[:len(dialogues[i].ids)].clone()
     return states
 
+def cached_states(run: Run, model: NewLLM, train: list[Dialogue]) -> dict[int, Tensor]:
+    """all_states() of this process's share, or none where --cache-gb cannot hold those of all."""
+    fits = sum(len(d.ids) for d in train) * model.cell.C * 4 / 1e9 <= run.config.cache_gb
+    mine = [i for batch in batches_of(train, run.config.phase1_batch_tokens)
+            for i in batch[rank()::world_size()]]
+    return all_states(run, model, train, mine) if fits else {}
 
-def effective_rank(contexts: torch.Tensor) -> float:
+def effective_rank(contexts: Tensor) -> float:
     """exp(entropy of normalised singular values) / C of contexts (N, C) (Roy & Vetterli 2007)."""
     c = contexts[::max(1, len(contexts) // 4096)]
     p = torch.linalg.svdvals(c - c.mean(0))
     p = (p / p.sum()).clamp(min=1e-12)
     return torch.exp(-(p * p.log()).sum()).item() / contexts.shape[1]
 
+def norm(c: Tensor) -> Tensor:
+    """The original's diversity of contexts (N, C): minus their distance from their mean, over N."""
+    n = global_sum(c.new_tensor(len(c)))
+    return -global_sum((c - global_sum(c.sum(0)) / n).pow(2).sum()).sqrt() / n
 
-class ContextLoss(nn.Module):
-    """Phase 1's loss, (1 - w) CVFP + w diversity.
+def logdet(c: Tensor, eps: float = 0.05) -> Tensor:
+    """-log det(I + Z Z^T / (n eps)) / C, with Z (C, n) the mean-free contexts of unit RMS."""
+    z = c - global_sum(c.sum(0)) / global_sum(c.new_tensor(len(c)))
+    scatter, C = global_sum(z.T @ z), c.shape[1]
+    return -torch.logdet(torch.eye(C, device=c.device) + scatter / (scatter.trace() / C * eps)) / C
 
-    CVFP (context vector fixed point) is the mean squared change of the contexts since the last
-    iteration. For the diversities c is (N, C), the contexts of a batch, of all processes together.
+def contrast(queries: Tensor, y: Tensor, negatives: Tensor, table: nn.Embedding,
+             temperature: float) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018), summed: which token comes next, among wrong ones?
+
+    queries (N, E) of contexts, the tokens after them y (N,), wrong ones (M,). A contrastive loss is
+    alignment + uniformity (Wang & Isola 2020): the uniformity is the diversity, but spent on what
+    tells the next token.
     """
+    queries = F.normalize(queries, dim=-1)
+    right = (queries * F.normalize(table(y), dim=-1)).sum(-1, keepdim=True)
+    wrong = queries @ F.normalize(table(negatives), dim=-1).T
+    wrong = wrong.masked_fill(y[:, None] == negatives, -math.inf)
+    scores = torch.cat((right, wrong), 1) / temperature
+    return F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
 
-    def __init__(self, model: NewLLM, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-        self.map = nn.Linear(config.context_dim, model.embed.embedding_dim)  # thrown away later
-        self.new_states = []  # of each part of the last batch
+def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
+           resumed=None) -> dict[int, Tensor]:
+    """Learn the context block. Returns the states of this process's training dialogues by number,
+    or none of them where --cache-gb cannot hold all.
 
-    def norm(self, c: torch.Tensor) -> torch.Tensor:
-        """The original's: minus the distance of the contexts from their mean, over N."""
-        n = global_sum(c.new_tensor(len(c)))
-        return -global_sum((c - global_sum(c.sum(0)) / n).pow(2).sum()).sqrt() / n
-
-    def logdet(self, c: torch.Tensor, eps: float = 0.05) -> torch.Tensor:
-        """-log det(I + Z Z^T / (n eps)) / C, with Z (C, n) the mean-free contexts of unit RMS."""
-        n, C = global_sum(c.new_tensor(len(c))), c.shape[1]
-        z = c - global_sum(c.sum(0)) / n
-        scatter = global_sum(z.T @ z)
-        return -torch.logdet(torch.eye(C, device=c.device) +
-                             scatter / (scatter.trace() / C * eps)) / C
-
-    def contrast(self, c, ids, real, negatives) -> torch.Tensor:
-        """InfoNCE (van den Oord et al. 2018), summed: which token comes next, among wrong ones?
-
-        A contrastive loss is alignment + uniformity (Wang & Isola 2020). The uniformity is the
-        diversity, but spent on what tells the next token. c (B, T, C), negatives (M,) token ids.
-        """
-        table, follows = self.model.context_table(), real[:, 1:]
-        queries = F.normalize(self.map(c[:, :-1][follows]), dim=-1)
-        y = ids[:, 1:][follows]
-        right = (queries * F.normalize(table(y), dim=-1)).sum(-1, keepdim=True)
-        wrong = queries @ F.normalize(table(negatives), dim=-1).T
-        wrong = wrong.masked_fill(y[:, None] == negatives, -math.inf)
-        scores = torch.cat((right, wrong), 1) / self.config.contrast_temperature
-        return F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
-
-    def forward(self, ids, real, known, previous, negatives, tokens: int, follows: int):
-        """known (B, T): where previous (B, T, C), the last iteration's states, are there.
-
-        tokens, follows: known tokens and next tokens in the whole batch, of all processes. Returns
-        this part's share of the loss, of CVFP, of the diversity, and converged tokens.
-        """
-        states, w = self.model.states(ids, guess=previous), self.config.diversity_weight
-        self.new_states.append(states.detach())
-        with torch.autocast(ids.device.type, enabled=False):
-            c = self.model.contexts(states)
-            change = (c - self.model.contexts(previous))[known].pow(2).mean(-1)
-            cvfp = change.sum() / tokens
-            if self.config.diversity == "contrast":
-                diversity = self.contrast(c, ids, real, negatives) / follows
-            else:
-                part = global_sum(real[:, 1:].sum()) / follows  # of the batch, if it is cut
-                measure = getattr(self, self.config.diversity) if part else torch.sum
-                diversity = part * measure(c[real])
-                diversity = diversity - diversity.detach() * (1 - 1 / world_size())  # count it once
-        return ((1 - w) * cvfp + w * diversity + 0 * sum(p.sum() for p in self.map.parameters()),
-                cvfp, diversity,
-                (change < self.config.threshold).sum())
-
-    @torch.no_grad()
-    def held_out(self, run: Run, val: list[Dialogue]) -> float:
-        """The contrastive loss per token of dialogues not trained on, against fixed negatives."""
-        follows = gather(torch.cat([d.ids[1:] for d in val])).long().to(run.device)
-        negatives = follows[torch.linspace(0, len(follows) - 1, self.config.negatives).long()]
-        sums = torch.zeros(2, device=run.device)
-        for batch in batches_of(val, 16):
-            ids, _, real = collate(val, batch, run.device)
-            c = self.model.contexts(self.model.states(ids))
-            sums += torch.stack((self.contrast(c, ids, real, negatives), real[:, 1:].sum()))
-        return torch.div(*global_sum(sums)).item()
-
-
-def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], resumed) -> list:
-    """Learn the context block. Returns the states of the training dialogues, for Phase 2.
-
-    Weights and states are cached: a second run on the same data with the same settings finds them.
+    The loss is (1 - w) CVFP + w diversity; CVFP, context vector fixed point, is the mean squared
+    change of a context since the last iteration. Weights and states are cached: a second run on the
+    same data with the same settings finds them.
     """
-    config, C = run.config, run.config.context_dim
+    config, device = run.config, run.device
     content = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in (
         *model.state_dict().values(), *(d.ids for d in train + val))))
     settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
-    path = Path(config.cache) / (
-        f"contexts-{digest([settings, content.hexdigest(), run.device.type, rank(), world_size()])}"
-        f".safetensors")
-    found_by = global_sum(torch.tensor(float(path.exists()), device=run.device))
-    if found_by == world_size() and resumed is None:
+    path = Path(config.cache) / "contexts-{}.safetensors".format(
+        digest([settings, content.hexdigest(), device.type, rank(), world_size()]))
+    there = global_sum(torch.tensor(float(path.exists()), device=device)) == world_size()
+    if there and resumed is None:
         tensors, _ = load_tensors(path)
-        model.load_state_dict(part_of(tensors, "model."), strict=False)
+        model.load_state_dict(part_of(tensors, "model"), strict=False)
         say(f"phase 1: done before with the same data and settings, found in {path}")
-        found = part_of(tensors, "states.")
-        return [found.get(str(i)) for i in range(len(train))]
-    requires_grad = {p: p.requires_grad for p in model.parameters()}
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad and (
-        name.startswith("cell.") or p is model.context_table().weight)}
-    for p in requires_grad:
-        p.requires_grad_(any(p is q for q in learned.values()))
-    loss = ContextLoss(model, config)
-    objective = run.parallel(loss)
-    optimizer = run.optimizer(loss, config.phase1_learning_rate)
-    batches, start = batches_of(train, -(-config.phase1_batch // world_size())), time.perf_counter()
-    steps = global_max(len(batches), run.device)
-    first, factor, best, waited, share = 1, 1.0, math.inf, 0, 0.0
+        return {int(i): s for i, s in part_of(tensors, "states").items()}
+    table, total = model.context_table(), sum(len(d.ids) for d in train)
+    block = {name: p for name, p in model.named_parameters()
+             if p.requires_grad and (name.startswith("cell.") or p is table.weight)}
+    query = nn.Linear(config.context_dim, table.embedding_dim).to(device)  # thrown away later
+    optimizer = run.optimizer(block | {f"query.{n}": p for n, p in query.named_parameters()},
+                              config.phase1_learning_rate)
+    batches = batches_of(train, config.phase1_batch_tokens)
+    start, first, factor, best, waited, share = time.perf_counter(), 1, 1.0, math.inf, 0, 0.0
+    if device.type == "cpu":
+        run.parts = -(-config.phase1_batch_tokens // 8192)
     if resumed is None:
         model.solver, solver = "sequential", model.solver
-        states, best_block = all_states(run, model, train, config.cache_gb), None
+        states, best_block = cached_states(run, model, train), None
         model.solver = solver
-        say(f"phase 1: walked {sum(len(d.ids) for d in train):,} tokens one by one in "
-            f"{time.perf_counter() - start:.1f} s; now at most {config.iterations} iterations on "
-            f"whole batches")
+        if not states:
+            say(f"phase 1: --cache-gb {config.cache_gb} cannot hold the states of {total:,} tokens;"
+                f" their change is not measured, and Phase 2 recomputes them")
+        say(f"phase 1: walked {total:,} tokens one by one in {time.perf_counter() - start:.1f} s; "
+            f"now at most {config.iterations} iterations on whole batches")
     else:
         tensors, notes = resumed
-        run.restore(tensors, notes, model, optimizer)
-        loss.map.load_state_dict(part_of(tensors, "map."))
-        found, best_block = part_of(tensors, "states."), part_of(tensors, "best.") or None
-        states = [found.get(str(i)) for i in range(len(train))]
+        run.restore(tensors, notes, optimizer)
+        query.load_state_dict(part_of(tensors, "query"))
+        best_block = {n: t.to(device) for n, t in part_of(tensors, "best").items()}
+        states = {int(i): s for i, s in part_of(tensors, "states").items()}
         if world_size() > 1:  # the checkpoint has the first process's states only
-            states = all_states(run, model, train, config.cache_gb)
+            states = cached_states(run, model, train)
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
-    if None in states:
-        say(f"phase 1: --cache-gb {config.cache_gb} holds the states of "
-            f"{len(states) - states.count(None)} of {len(states)} dialogues; the others' are "
-            f"recomputed, and not counted as converged or not")
+    contrasts, w = config.diversity == "contrast", config.diversity_weight
+
+    def loss(ids, real, previous, negatives, tokens):
+        """This part's share of the loss, of CVFP, of the diversity, and its converged tokens."""
+        now = model.states(ids, guess=previous)
+        new_states.extend(now.detach())
+        c, change = model.contexts(now), real.new_zeros(1, dtype=torch.float32)
+        if previous is not None:
+            change = (c - model.contexts(previous))[real].pow(2).mean(-1)
+        if contrasts:
+            after = real[:, 1:]
+            diversity = contrast(query(c[:, :-1][after]), ids[:, 1:][after], negatives, table,
+                                 config.contrast_temperature) / tokens
+        else:
+            diversity = dict(norm=norm, logdet=logdet)[config.diversity](c[real])
+            diversity = diversity * global_sum(real.sum()) / tokens  # if the batch is in parts
+        cvfp, known = change.sum() / tokens, previous is not None
+        value = (1 - w) * cvfp + w * diversity
+        diversity = diversity if contrasts else diversity / world_size()  # to be summed over them
+        return value, cvfp, diversity, (change < config.threshold).sum() * known
+
+    @torch.no_grad()
+    def held_out_loss():
+        """The contrastive loss per token of dialogues not trained on, against fixed negatives."""
+        follows = torch.cat([d.ids[1:] for d in val]).sort().values.long().to(device)
+        negatives = follows[torch.linspace(0, len(follows) - 1, config.negatives).long()]
+        total = torch.zeros((), device=device)
+        for i, s in all_states(run, model, val, range(rank(), len(val), world_size())).items():
+            q = query(model.contexts(s[:-1].to(device)))
+            total += contrast(q, val[i].ids[1:].long().to(device), negatives, table,
+                              config.contrast_temperature)
+        return global_sum(total).item() / len(follows)
+
     for iteration in range(first, config.iterations + 1):
-        start, sums, order = time.perf_counter(), torch.zeros(4), list(range(steps))
+        start, sums, order = time.perf_counter(), torch.zeros(4), list(range(len(batches)))
         random.Random(f"{config.seed} {iteration}").shuffle(order)
         generator = torch.Generator().manual_seed(config.seed * 10007 + iteration)
         for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(),
                                         leave=False)):
-            batch = batches[k] if k < len(batches) else []
-            after = gather(torch.cat([train[i].ids[1:] for i in batch] or [torch.zeros(0)]))
-            negatives = after[torch.randperm(len(after),
-                                             generator=generator)[:config.negatives]].long()
-            count = [sum(len(states[i]) for i in batch if states[i] is not None)]
-            tokens = int(global_sum(torch.tensor(count, device=run.device)))
+            share_of_k, new_states = batches[k][rank()::world_size()], []
+            after = torch.cat([train[i].ids[1:] for i in batches[k]]).long()
+            chosen = torch.randperm(len(after), generator=generator)[:config.negatives]
+            negatives, tokens = after[chosen].to(device), len(after) if contrasts else (
+                len(after) + len(batches[k]))
 
-            def split(pieces):
-                loss.new_states.clear()
-                for some in (batch[j::pieces] for j in range(pieces)):
-                    ids, _, real = collate(train, some, run.device)
-                    previous = torch.zeros(*ids.shape, C, device=run.device)
-                    known = torch.zeros_like(real)
-                    for row, i in enumerate(some):
-                        if states[i] is not None:
-                            previous[row, :len(states[i])] = states[i].to(run.device)
-                            known[row, :len(states[i])] = True
-                    yield (ids, real, known, previous, negatives.to(run.device), max(1, tokens),
-                           len(after))
-            done = (iteration - 1) * steps + number
-            _, cvfp, diversity, converged = run.step(
-                objective, optimizer, factor * config.phase1_learning_rate,
-                done / (config.iterations * steps), done, split, 1).tolist()
-            sums += torch.tensor([cvfp * tokens, diversity * len(after), converged, 0])
-            sums[3] += tokens
-            for j, part in enumerate(loss.new_states):
-                for i, row in zip(batch[j::len(loss.new_states)], part):
-                    if states[i] is not None:
-                        states[i] = row[:len(train[i].ids)].cpu().clone()
-        cvfp, share = (sums[0].item() / max(1, sums[3].item()),
-                       sums[2].item() / max(1, sums[3].item()))
-        diversity = sums[1].item() / int(global_sum(torch.tensor(sum(len(d.ids) - 1 for d in train),
-                                                                 device=run.device)))
-        sweeps, contrast = model.sweeps, config.diversity == "contrast"
-        held_out = loss.held_out(run, val) if contrast else diversity
-        contexts = model.contexts(torch.cat([s for s in states if s is not None][:256] or
-                                            [torch.eye(C)]))
-        erank = effective_rank(contexts)
-        say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp:.1e} | "
-            f"{config.diversity} {diversity:+.3f}"
-            f"{f', held out {held_out:+.3f}' if contrast else ''} | "
-            f"effective rank {erank:.0%} | {f'{sweeps} sweeps' if sweeps else 'loop'} "
-            f"| {time.perf_counter() - start:.1f} s")
-        run.log("phase1", iteration, converged=share, cvfp=cvfp, diversity=diversity,
-                held_out=held_out, effective_rank=erank, sweeps=sweeps)
-        settled = share >= 0.95 and waited != 1  # after a return to the best, nothing is proven
-        if not contrast or held_out < best - 1e-3:
-            best, waited, best_block = held_out, 0, {
-                n: p.detach().clone() for n, p in learned.items()}
+            def batch(parts):
+                new_states.clear()
+                for some in filter(None, (share_of_k[j::parts] for j in range(parts))):
+                    ids, _, real = collate(train, some, device)
+                    yield (ids, real, pad([states[i] for i in some], device) if states else None,
+                           negatives, tokens)
+            done = (iteration - 1) * len(batches) + number
+            found = run.step(optimizer, factor * config.phase1_learning_rate,
+                             done / (config.iterations * len(batches)), done, loss, batch, 1)
+            sums += found * torch.tensor([0, tokens, tokens, 1])
+            in_order = [i for j in range(run.parts) for i in share_of_k[j::run.parts]]
+            for i, s in zip(in_order, new_states) if states else ():
+                states[i] = s[:len(train[i].ids)].cpu().clone()
+        _, cvfp, diversity, converged = sums.tolist()
+        share, sweeps = converged / total, model.sweeps
+        held_out = held_out_loss() if contrasts else diversity / total
+        some = states or all_states(run, model, train, range(min(64, len(train))))
+        erank = effective_rank(model.contexts(torch.cat([*some.values()][:256])))
+        say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp / total:.1e} | "
+            f"{config.diversity} {diversity / total:+.3f}"
+            f"{f', held out {held_out:+.3f}' if contrasts else ''} | effective rank {erank:.0%} | "
+            f"{f'{sweeps} sweeps' if sweeps else 'loop'} | {time.perf_counter() - start:.1f} s")
+        run.log("phase1", iteration, converged=share, cvfp=cvfp / total, held_out=held_out,
+                diversity=diversity / total, effective_rank=erank, sweeps=sweeps)
+        settled = not states or share >= 0.95 and waited != 1  # after a jump nothing is proven
+        if not contrasts or held_out < best - 1e-3:
+            best, waited = held_out, 0
+            best_block = {n: p.detach().clone() for n, p in block.items()}
         else:  # learning for its own sake has begun: shorter steps, once from the best weights
             waited, factor = waited + 1, factor / 4
-            if waited == 1 and best_block:
+            if waited == 1:
                 model.load_state_dict(best_block, strict=False)
-        if iteration >= config.min_iterations and settled and (waited or not contrast):
+        if iteration >= config.min_iterations and settled and (waited or not contrasts):
             break
-        if run.wants_to_stop():
-            run.save("last.safetensors", model, optimizer,
-                     {f"map.{n}": t for n, t in loss.map.state_dict().items()}
-                     | {f"best.{n}": t for n, t in (best_block or {}).items()}
-                     | {f"states.{i}": s for i, s in enumerate(states) if s is not None},
-                     phase=1, iteration=iteration, progress=[factor, best, waited, share])
-            run.leave(f"iteration {iteration} of phase 1")
-    for p, value in requires_grad.items():
-        p.requires_grad_(value)
-    states = all_states(run, model, train, config.cache_gb)
-    report(run, model, train, states, share if config.iterations else 1.0)
-    save_tensors(path, {f"model.{n}": p for n, p in learned.items()}
-                 | {f"states.{i}": s for i, s in enumerate(states) if s is not None}, {})
+        run.safe_point(lambda: run.save(
+            "last.safetensors", model, optimizer, dict(query=query.state_dict(), best=best_block,
+                                                       states=states),
+            phase=1, iteration=iteration, progress=[factor, best, waited, share]),
+            f"iteration {iteration} of phase 1")
+    report(run, model, train, share if config.iterations and states else 1.0)
+    states = cached_states(run, model, train)
+    save_tensors(path, dict(model=block, states=states), {})
     return states
 
-
 @torch.no_grad()
-def report(run: Run, model: NewLLM, train: list[Dialogue], states: list, share: float):
+def report(run: Run, model: NewLLM, train: list[Dialogue], share: float):
     """Say whether the cache is what a chat will see, and warn of ways in which contexts fail."""
-    longest = sorted((i for i, s in enumerate(states) if s is not None),
-                     key=lambda i: -len(states[i]))[:4]
-    if not longest:
-        return
-    walked, sweeps = [], 0
+    longest = sorted(range(len(train)), key=lambda i: len(train[i].ids))[-4:]
+    walked, sweeps, states = [], 0, all_states(run, model, train, longest)
+    cached = torch.cat([states[i] for i in longest])
     for i in longest:  # one dialogue at a time, as a chat reads it
         u = model.token_share(collate(train, [i], run.device)[0])
         s0 = u.new_zeros(1, model.cell.C)
         walked.append(walk(model.cell, u, s0)[0][0].cpu())
         if model.cell.kind == "gated":
             sweeps = max(sweeps, solve(model.cell, u, s0, None, model.tol, model.max_sweeps)[2])
-    cached, walked = (model.contexts(torch.cat(part))
-                      for part in ([states[i] for i in longest], walked))
-    noise = u.new_empty(256, model.cell.C).normal_(
-        std=torch.cat([states[i] for i in longest]).std().item())
+    noise = u.new_empty(256, model.cell.C).normal_(std=cached.std().item())
     same = F.cosine_similarity(model.cell(u[0, :1].expand(256, -1), noise)[0], noise).mean().item()
+    cached, walked = model.contexts(cached), model.contexts(torch.cat(walked))
     alike = F.normalize(cached, dim=-1).mean(0).pow(2).sum().item()
     say(f"phase 1: cached contexts differ from the token loop's by "
         f"{(cached - walked).pow(2).mean():.1e} (mean square; 2 = unrelated); the parallel solver "
-        f"takes {sweeps} sweeps; mean cosine of two contexts {alike:.2f}, of the state before and "
-        f"after a step {same:.2f}")
+        f"takes {sweeps or 'too many'} sweeps; mean cosine of two contexts {alike:.2f}, of the "
+        f"state before and after a step {same:.2f}")
     if same > 0.95:
         say("warning: identity mapping, the state hardly changes; raise --phase1-learning-rate")
     if alike > 0.95:
@@ -1421,133 +1276,115 @@ def report(run: Run, model: NewLLM, train: list[Dialogue], states: list, share: 
         say(f"warning: only {share:.0%} of the tokens converged; raise --iterations, or else "
             f"--context-dim, --hidden-dim or --num-layers")
 
-
 # ------------------------------------------------------------------------------------------------
 # 7. Phase 2: learn to predict the assistant's words
-# ------------------------------------------------------------------------------------------------
 
+def word_loss(model: NewLLM, ids: Tensor, y: Tensor, states: Optional[Tensor] = None,
+              joint: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Phase 2's loss on ids (N,), next tokens y (N,) and states (N, C), or on whole dialogues, ids
+    (B, T), y (B, T) being the mask of targets. The sum of losses, how many were right, how many.
+    """
+    if states is None:
+        with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
+            states = model.states(ids)
+        rows = y[:, 1:]
+        ids, y, states = ids[:, :-1][rows], ids[:, 1:][rows], states[:, :-1][rows]
+    loss, correct = HeadLoss.apply(model.hidden_states(ids, states), model.embed.weight, y,
+                                   torch.is_grad_enabled())
+    return loss, correct, correct.new_tensor(len(y))
 
-class WordLoss(nn.Module):
-    """Phase 2's loss on target tokens, from cached states or on whole dialogues."""
-
-    def __init__(self, model: NewLLM, joint: bool):
-        super().__init__()
-        self.model, self.joint = model, joint
-
-    def forward(self, ids, y, states=None):
-        """ids (N,), next tokens y (N,), states (N, C); or ids (B, T), mask of targets y (B, T).
-
-        Returns the sum of losses, how many were right, how many there were.
-        """
-        if states is None:
-            with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
-                states = self.model.states(ids)
-            rows = y[:, 1:]
-            ids, y, states = ids[:, :-1][rows], ids[:, 1:][rows], states[:, :-1][rows]
-        loss, correct = HeadLoss.apply(self.model.hidden_states(ids, states),
-                                       self.model.embed.weight, y, torch.is_grad_enabled())
-        return loss, correct, correct.new_tensor(len(y))
-
-
-def rows_of(dialogues: list[Dialogue], states: list) -> tuple[torch.Tensor, ...]:
-    """Target tokens of all dialogues whose states are there: ids (N,), y (N,), states (N, C)."""
-    rows = [(d.ids[at], d.ids[at + 1], s[at]) for d, s in zip(dialogues, states) if s is not None
-            for at in [d.mask[1:].nonzero()[:, 0]]]
-    ids, y, s = (torch.cat(column) for column in zip(*rows)) if rows else torch.zeros(3, 0)
+def rows_of(dialogues: list[Dialogue], states: dict[int, Tensor]) -> tuple[Tensor, ...]:
+    """Target tokens of the dialogues whose states are there: ids (N,), y (N,), states (N, C)."""
+    rows = [(d.ids[at], d.ids[at + 1], states[i][at]) for i, d in enumerate(dialogues)
+            if i in states for at in [d.mask[1:].nonzero()[:, 0]]]
+    ids, y, s = (torch.cat(column) for column in zip(*rows))
     return ids.long(), y.long(), s
 
-
 @torch.no_grad()
-def evaluate(run: Run, loss: WordLoss, dialogues: list[Dialogue], rows) -> tuple[float, float]:
-    """Loss and accuracy per target token, from rows, or from whole dialogues where rows is None."""
-    parts = ((collate(dialogues, batch, run.device)[:2] for batch in batches_of(dialogues, 16))
-             if rows is None else zip(*(column.split(4096) for column in rows)))
-    loss.eval()
-    with run.autocast():
-        sums = sum(torch.stack([v.float() for v in loss(*(t.to(run.device) for t in part))])
-                   for part in parts)
-    loss.train()
-    value, correct, count = global_sum(sums).tolist()
-    return value / count, correct / count
+def evaluate(run: Run, model: NewLLM, dialogues: list[Dialogue]) -> tuple[float, float]:
+    """Loss and accuracy per target token of all dialogues; each process takes its share."""
+    model.eval()
+    share = dialogues[rank()::world_size()]
+    sums = torch.zeros(3, device=run.device)
+    for batch in batches_of(share, 8192) if share else ():
+        with run.autocast():
+            sums += torch.stack([v.float() for v in word_loss(
+                model, *collate(share, batch, run.device)[:2])])
+    model.train()
+    loss, correct, count = global_sum(sums).tolist()
+    return loss / count, correct / count
 
-
-def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], states: list,
-           resumed) -> dict:
-    """Train the token block, with --joint both; return figures of the epoch to chat with."""
-    config, device, per = run.config, run.device, max(1, run.config.batch_tokens // world_size())
-    loss = WordLoss(model, config.joint)
-    if not config.joint:
-        model.cell.requires_grad_(False)
-        if model.context_embed is not None:
-            model.context_embed.requires_grad_(False)
-    objective = run.parallel(loss)
-    optimizer = run.optimizer(model, config.learning_rate, config.embedding_rate)
-    rows = rows_of(train, states)
-    val_rows = None if config.joint else rows_of(val, all_states(run, model, val, math.inf))
-    groups = [[]]  # dialogues without cached states, about as many tokens together
-    for i in (i for batch in batches_of(train, 16) for i in batch if states[i] is None):
-        if groups[-1] and (len(groups[-1]) + 1) * len(train[i].ids) > per:
-            groups.append([])
-        groups[-1].append(i)
-    groups = [group for group in groups if group]
-    row_steps, group_steps = (global_max(n, device) for n in (-(-len(rows[0]) // per), len(groups)))
+def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
+           states: dict[int, Tensor], resumed=None) -> dict:
+    """Train the token block on cached states; on whole dialogues where there are none, and with
+    --joint, which trains the context block too. Returns figures of the epoch to chat with.
+    """
+    config, device, per = run.config, run.device, run.config.batch_tokens
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and (
+        config.joint or not name.startswith(("cell.", "context_embed.")))}
+    optimizer = run.optimizer(trained, config.learning_rate, config.embedding_rate)
+    rows, batches = rows_of(train, states) if states else None, batches_of(train, per)
+    steps = -(-targets(train) // per) if rows else len(batches)
     epoch, step, waited, best, figures, best_figures = 0, 0, 0, math.inf, {}, {}
+    sums = torch.zeros(4)
     if device.type == "cpu":
-        run.pieces = -(-per // 8192)
-    steps, sums, last_saved = row_steps + group_steps, torch.zeros(3), time.perf_counter()
+        run.parts = -(-per // 8192)
     if resumed is not None:
-        run.restore(*resumed, model, optimizer)
+        run.restore(*resumed, optimizer)
         epoch, step, waited, best, figures = resumed[1]["progress"]
         sums, best = resumed[0]["sums"], math.inf if best is None else best
-    elif model.context_embed is not None:
-        model.embed.weight.data.copy_(model.context_embed.weight)  # Phase 1 learned a good start
-    say(f"phase 2: {targets(train):,} target tokens, {steps} optimizer steps per epoch; " + (
-        "context and token block learn together" if config.joint else
-        f"contexts frozen, {len(rows[0]):,} of them cached"))
-    start, trained, first = time.perf_counter(), 0, epoch
-    if resumed is None:
+    else:
         torch.manual_seed(config.seed)  # the same, whether Phase 1 ran or was found in the cache
+        if model.context_embed is not None:  # what Phase 1 learned is a good start for the head
+            model.embed.weight.data.copy_(model.context_embed.weight)
+    say(f"phase 2: {targets(train):,} target tokens, {steps} optimizer steps per epoch; " + (
+        "context and token block learn together" if config.joint else "contexts frozen, " +
+        ("taken from the cache" if rows else "recomputed for each batch")))
+    start, tokens, first = time.perf_counter(), 0, epoch
 
-    def save(name):
+    def loss(*part):
+        with run.autocast():
+            return word_loss(model, *part, joint=config.joint)
+
+    def save(name="last.safetensors"):
         run.save(name, model, optimizer, dict(sums=sums), phase=2, val_loss=figures.get("val_loss"),
                  progress=[epoch, step, waited, best if best < math.inf else None, figures])
 
+    model.train()
     while epoch < config.epochs and not (config.patience and waited >= config.patience):
         generator = torch.Generator().manual_seed(config.seed * 10007 + epoch)
-        shuffled = torch.randperm(len(rows[0]), generator=generator)
-        plan = list(range(steps))
-        random.Random(f"{config.seed} {epoch}").shuffle(plan)
-        for k in tqdm(plan[step:], f"epoch {epoch + 1}", disable=quiet(), leave=False):
-            chosen = shuffled[k * per:(k + 1) * per]
-            group = groups[k - row_steps] if row_steps <= k < row_steps + len(groups) else []
-            count = len(chosen) if k < row_steps else targets([train[i] for i in group])
+        if rows:
+            shares = torch.randperm(len(rows[0]), generator=generator).tensor_split(steps)
+        else:
+            shares = [batches[k][rank()::world_size()] for k in
+                      torch.randperm(steps, generator=generator).tolist()]
+        for share in tqdm(shares[step:], f"epoch {epoch + 1}", disable=quiet(), leave=False):
+            count = len(share) if rows else targets([train[i] for i in share])
             count = int(global_sum(torch.tensor(count, device=device)))
 
-            def split(pieces):
-                for j in range(pieces):
-                    if k < row_steps:
-                        yield [column[chosen[j::pieces]].to(device) for column in rows]
-                    else:
-                        yield collate(train, group[j::pieces], device)[:2]
+            def batch(parts):
+                for some in (share[j::parts] for j in range(parts)):
+                    if len(some):
+                        yield ([column[some].to(device) for column in rows] if rows
+                               else collate(train, some, device)[:2])
             done = epoch * steps + step
-            sums += run.step(objective, optimizer, config.learning_rate,
-                             done / (config.epochs * steps), done, split, count)
-            step, trained = step + 1, trained + count
-            if step < steps and run.wants_to_stop():
-                save("last.safetensors")
-                run.leave(f"step {step} of {steps} in epoch {epoch + 1}")
-        train_loss, accuracy = (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
-        val_loss, val_accuracy = evaluate(run, loss, val, val_rows)
+            sums += run.step(optimizer, config.learning_rate, done / (config.epochs * steps), done,
+                             loss, batch, count)
+            step, tokens = step + 1, tokens + count
+            if step < steps:
+                run.safe_point(save, f"step {step} of {steps} in epoch {epoch + 1}", due=False)
+        train_loss, accuracy, _ = (sums[:3] / sums[2]).tolist()
+        val_loss, val_accuracy = evaluate(run, model, val)
         figures = dict(train_loss=train_loss, train_accuracy=accuracy, val_loss=val_loss,
                        val_accuracy=val_accuracy, val_ppl=math.exp(min(val_loss, 99)))
         better, best = val_loss < best, min(best, val_loss)
-        epoch, step, sums, waited = epoch + 1, 0, torch.zeros(3), 0 if better else waited + 1
+        epoch, step, sums, waited = epoch + 1, 0, torch.zeros(4), 0 if better else waited + 1
         seconds = time.perf_counter() - start
         say(f"  epoch {epoch:3d}/{config.epochs} | train loss {train_loss:.4f}, PPL "
             f"{math.exp(min(train_loss, 99)):,.1f}, accuracy {accuracy:.1%} | "
             f"val loss {val_loss:.4f}, PPL {figures['val_ppl']:,.1f}, accuracy {val_accuracy:.1%} "
-            f"| {trained / seconds:,.0f} tokens/s | "
-            f"{seconds * (config.epochs - epoch) / max(1, epoch - first):.0f} s left")
+            f"| {tokens / seconds:,.0f} tokens/s | "
+            f"{seconds * (config.epochs - epoch) / (epoch - first):.0f} s left")
         run.log("phase2", epoch, **figures)
         if better or config.patience == 0:
             best_figures = figures
@@ -1556,21 +1393,15 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue], 
             by_loss = sorted(Path(config.out).glob("epoch-*.safetensors"), key=val_loss_of)
             for path in by_loss[3:] if rank() == 0 else []:
                 path.unlink()
-        interrupted = (run.wants_to_stop() or
-                       0 < config.stop_after <= epoch - first and epoch < config.epochs)
-        over = interrupted or epoch == config.epochs or 0 < config.patience <= waited
-        if over or time.perf_counter() - last_saved > 60:
-            save("last.safetensors")
-            last_saved = time.perf_counter()
-        if interrupted:
-            run.leave(f"epoch {epoch} of phase 2")
+        over = epoch == config.epochs or 0 < config.patience <= waited
+        if over:
+            save()
+        run.safe_point(save, f"epoch {epoch} of phase 2",
+                       0 < config.stop_after <= epoch - first and not over)
     return best_figures or figures
-
 
 # ------------------------------------------------------------------------------------------------
 # 8. Everything together
-# ------------------------------------------------------------------------------------------------
-
 
 def generate(model: NewLLM, text: str, max_new_tokens: int = 200, **how) -> str:
     """The model's answer to one message; `how` as in NewLLM.generate(), greedy if not given."""
@@ -1578,7 +1409,6 @@ def generate(model: NewLLM, text: str, max_new_tokens: int = 200, **how) -> str:
     question = torch.tensor([tokenizer.question(text)], device=model.embed.weight.device)
     ids = model.eval().generate(question, max_new_tokens, eos_token_id=IM_END, **how)
     return tokenizer.text([i for i in ids[0, question.shape[1]:].tolist() if i != IM_END]).strip()
-
 
 def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
     """Print dialogues as the model sees them, targets in green, or in [brackets] in a file."""
@@ -1590,8 +1420,7 @@ def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
             text = tokenizer.text([i for _, i in pairs])
             print(on + text + off if target else text, end="")
 
-
-def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optional[NewLLM], dict]:
+def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
     """Both phases. Returns the model to chat with and its figures."""
     torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
     out, tokenizer = Path(config.out), Tokenizer()
@@ -1603,49 +1432,45 @@ def train_model(config: Config, command: list[str], resumed=None) -> tuple[Optio
     train, val = prepare(config, tokenizer)
     if config.show_data:
         return show_data(train[:config.show_data], tokenizer), {}
-    run = Run(config, command)
+    run = Run(config)
     if resumed is None:
-        model = make_model(config).to(run.device)
+        with first_on_its_machine():
+            model = make_model(config)
+        if (old := [*out.glob("*.safetensors")]) and rank() == 0:
+            shelf = out / time.strftime("before-%Y%m%d-%H%M%S")
+            shelf.mkdir()
+            for path in old:
+                path.rename(shelf / path.name)
+            say(f"checkpoints of an earlier run were moved to {shelf}")
     else:
-        tensors, notes = resumed
-        model = NewLLM.of(config, notes["embed_dim"], "model.context_embed.weight" in tensors)
-        model.learns_embeddings = notes["learns_embeddings"]
-        model.embed.weight.requires_grad_(model.learns_embeddings)
-        model.to(run.device).load_state_dict(part_of(tensors, "model."))
+        model = NewLLM(**resumed[1]["model"])
+        model.load_state_dict(part_of(resumed[0], "model"))
+    model.to(run.device)
     count = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"parameters: {trained:,} trained, {sum(count.values()) - trained:,} frozen; "
         f"{sum(n for name, n in count.items() if 'embed' not in name):,} outside the embeddings; "
         f"output head tied to the embeddings (untied: {count['embed.weight']:,} more)")
-    if resumed is None and (old := [*out.glob("*.safetensors")]) and rank() == 0:
-        shelf = out / time.strftime("before-%Y%m%d-%H%M%S")
-        shelf.mkdir()
-        for path in old:
-            path.rename(shelf / path.name)
-        say(f"checkpoints of an earlier run were moved to {shelf}")
-    phase = resumed[1]["phase"] if resumed else 1
-    if phase == 2:
-        states = ([None] * len(train) if config.joint
-                  else all_states(run, model, train, config.cache_gb))
-    else:
-        states = (phase1(run, model, train, val, resumed)
-                  if config.iterations or not config.joint else [])
-    if config.joint:
-        states = [None] * len(train)
-    figures = phase2(run, model, train, val, states, resumed if phase == 2 else None)
-    model = load_model(best_checkpoint(out), str(run.device))[0] if rank() == 0 else model
-    some = all_states(run, model, train[:64], math.inf)
-    figures["effective_rank"] = effective_rank(model.contexts(torch.cat(some)))
-    return model.eval(), figures | dict(tokens=sum(len(d.ids) for d in train))
+    in_phase2, states = resumed is not None and resumed[1]["phase"] == 2, {}
+    if not in_phase2 and (config.iterations or not config.joint):
+        states = phase1(run, model, train, val, resumed)
+    elif not config.joint:
+        states = cached_states(run, model, train)
+    figures = phase2(run, model, train, val, {} if config.joint else states,
+                     resumed if in_phase2 else None)
+    if world_size() > 1:
+        dist.barrier()  # the first process may still be writing
+    model = load_model(best_checkpoint(out), str(run.device))[0]
+    some = all_states(run, model, train[:64])
+    figures["effective_rank"] = effective_rank(model.contexts(torch.cat([*some.values()])))
+    return model, figures | dict(tokens=sum(len(d.ids) for d in train))
 
-
-def scaling(config: Config, command: list[str]):
+def scaling(config: Config):
     """Train a model on each of several numbers of dialogues; fit PPL = A tokens^alpha."""
     points = []
     for size in config.scaling.split(","):
         say(f"\n=== {size} dialogues")
-        _, f = train_model(replace(config, samples=int(size), out=str(Path(config.out) / size)),
-                           command)
+        _, f = train_model(replace(config, samples=int(size), out=str(Path(config.out) / size)))
         points.append((int(size), f["tokens"], f["val_ppl"], f["val_accuracy"],
                        f["effective_rank"]))
     say("\ndialogues      tokens    val PPL  accuracy  effective rank")
@@ -1656,7 +1481,6 @@ def scaling(config: Config, command: list[str]):
     fit = torch.linalg.lstsq(A, y[:, None]).solution[:, 0]
     r2 = 1 - (y - A @ fit).pow(2).sum() / (y - y.mean()).pow(2).sum()
     say(f"PPL = {fit[0].exp():.4g} tokens^{fit[1]:.3f}, R^2 = {r2:.3f}")
-
 
 def earlier_run(config: Config, asked: dict) -> tuple[Config, tuple[dict, dict]]:
     """For --resume: the last checkpoint and its config, with what may change changed."""
@@ -1673,7 +1497,6 @@ def earlier_run(config: Config, asked: dict) -> tuple[Config, tuple[dict, dict]]
     changes = {"stop_after": 0} | {k: v for k, v in asked.items() if k in MAY_CHANGE}
     return replace(old, **changes), (tensors, notes)
 
-
 def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
     """Train as the options say, which in a notebook are not the kernel's own. Returns the model."""
     command = argv if argv is not None else [] if in_notebook() else sys.argv[1:]
@@ -1685,12 +1508,13 @@ def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
             device = pick_device(config.device)
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=3))
         changed = [f"{k} {v}" for k, v in asdict(config).items() if v != getattr(Config(), k)]
-        say(f"settings other than the defaults: {', '.join(changed)}")
+        say(f"settings other than the defaults: {', '.join(changed) or 'none'}")
         if config.scaling:
-            return scaling(config, command)
-        model, _ = train_model(config, command, resumed)
+            return scaling(config)
+        model, _ = train_model(config, resumed)
         if model is not None and rank() == 0:
             where = "" if config.out == Config.out else f" --checkpoint {config.out}"
             print(f"done in {time.perf_counter() - start:.0f} s, checkpoints in {config.out}/\n\n"
@@ -1709,7 +1533,6 @@ def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
         with contextlib.suppress(ValueError):  # raised outside the main thread
             signal.signal(signal.SIGINT, signal.default_int_handler)
     return None
-
 
 if __name__ == "__main__":
     main()

@@ -345,7 +345,7 @@ def test_cached_contexts_are_those_that_a_chat_will_see(small_run):
         for token in ids[k].long():  # one by one, as generation does
             state = model.states(token.view(1, 1), state)[:, -1]
             read.append(state)
-        difference = model.contexts(torch.cat(read)) - model.contexts(cache[f"states.{k}"])
+        difference = model.contexts(torch.cat(read)) - model.contexts(cache[f"states/{k}"])
         assert difference.abs().max() <= 1e-4
 
 
@@ -568,7 +568,7 @@ def test_tensors_of_a_wrong_name_or_shape_are_refused_and_the_true_shape_is_take
 
 def test_two_processes_train_to_the_losses_of_one():
     """Each has half of the dialogues, and both together the same batches as one process alone."""
-    args = [*TINY, "--samples", "8", "--phase1-batch", "8", "--batch-tokens", "100000",
+    args = [*TINY, "--samples", "8", "--phase1-batch-tokens", "100000", "--batch-tokens", "100000",
             "--val-samples", "4"]
     one = losses(run_newllm(*args, "--out", "one", "--cache", "one"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
@@ -864,9 +864,9 @@ def bench_phase2(preset, device, rows, counts):
     mask = torch.ones_like(ids, dtype=torch.bool)
     flat, states = ids[:, :-1].flatten(), torch.randn(1020, C, device=device)
     for joint in (False, True):
-        loss = newllm.WordLoss(model, joint)
         args = (ids, mask) if joint else (flat, ids[:, 1:].flatten(), states)
-        seconds = median(lambda: loss(*args)[0].backward(), device, 3)
+        seconds = median(lambda: newllm.word_loss(model, *args, joint=joint)[0].backward(), device,
+                         3)
         rows.append(dict(table=3, what="joint" if joint else "frozen", tokens_per_s=1020 / seconds))
         print(f"{'joint' if joint else 'frozen contexts':20s} {1020 / seconds:9,.0f} "
               f"target tokens/s")
@@ -993,7 +993,7 @@ class Baseline(nn.Module):
     def __init__(self, kind, vocab_size, dropout, E=256, state=600, max_len=512):
         super().__init__()
         self.kind, self.context_embed, self.dropout = kind, None, nn.Dropout(dropout)
-        self.learns_embeddings = True
+        self.settings = dict(kind=kind)
         self.embed = nn.Embedding(vocab_size, E)
         nn.init.normal_(self.embed.weight, std=0.02)
         if kind == "GRU":
@@ -1047,16 +1047,17 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device):
         old.unlink()
     torch.manual_seed(seed)
     model = (Baseline(kind, V, dropout) if kind in ("GRU", "Transformer") else
-             NewLLM(V, 256, 512, 512, 1, dropout=dropout, separate_context_embedding=not joint))
-    run, start = newllm.Run(config, []), time.perf_counter()
+             NewLLM(V, 256, 512, 512, 1, dropout=dropout,
+                    embeddings="shared" if joint else "separate"))
+    run, start = newllm.Run(config), time.perf_counter()
     model.to(run.device)
-    states = [None] * len(train) if joint else newllm.phase1(run, model, train, val, None)
+    states = {} if joint else newllm.phase1(run, model, train, val)
     log = []
     run.log = lambda phase, epoch, **f: log.append((epoch, f["val_loss"]))
-    newllm.phase2(run, model, train, val, states, None)
+    newllm.phase2(run, model, train, val, states)
     best = min((folder / "out").glob("epoch-*"), key=newllm.val_loss_of)
-    model.load_state_dict(newllm.part_of(newllm.load_tensors(best, "model.")[0], "model."))
-    loss, accuracy = newllm.evaluate(run, newllm.WordLoss(model, joint), test, None)
+    model.load_state_dict(newllm.part_of(newllm.load_tensors(best, "model/")[0], "model"))
+    loss, accuracy = newllm.evaluate(run, model, test)
     inside = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
     return dict(kind=kind, dropout=dropout, seed=seed, val=newllm.val_loss_of(best), test=loss,
                 accuracy=accuracy, epoch=int(best.name.split("-")[1]),
