@@ -450,7 +450,7 @@ def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None, tol
         kept, ends = kept.view(B, n, C), states[:, -1].view(B, n, C)
         change = scan(kept[:, :-1], ends[:, :-1] - starts[:, 1:])
         starts[:, 1:] += change
-        size = starts[:, 1:].std(-1, keepdim=True).clamp(min=1e-3)  # what is read is LayerNorm(s)
+        size = starts.std(-1, keepdim=True).clamp(min=1e-3)[:, 1:]  # what is read is LayerNorm(s)
         if n == 1 or (change / size).abs().max() <= tol:
             return states.view(B, n * L, C)[:, :T], starts, sweep
     states = walk(cell, u, s0)[0]
@@ -1134,8 +1134,9 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     table, total = model.context_table(), sum(len(d.ids) for d in train)
     block = {name: p for name, p in model.named_parameters()
              if p.requires_grad and (name.startswith("cell.") or p is table.weight)}
-    query = nn.Linear(config.context_dim, table.embedding_dim).to(device)  # thrown away later
-    optimizer = run.optimizer(block | {f"query.{n}": p for n, p in query.named_parameters()},
+    E, C, H = table.embedding_dim, config.context_dim, config.hidden_dim
+    fnn = nn.Sequential(nn.Linear(E + C, H), nn.SiLU(), nn.Linear(H, E)).to(device)
+    optimizer = run.optimizer(block | {f"query.{n}": p for n, p in fnn.named_parameters()},
                               config.phase1_learning_rate)
     batches = batches_of(train, config.phase1_batch_tokens)
     start, first, factor, best, waited, share = time.perf_counter(), 1, 1.0, math.inf, 0, 0.0
@@ -1153,13 +1154,17 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     else:
         tensors, notes = resumed
         run.restore(tensors, notes, optimizer)
-        query.load_state_dict(part_of(tensors, "query"))
+        fnn.load_state_dict(part_of(tensors, "query"))
         best_block = {n: t.to(device) for n, t in part_of(tensors, "best").items()}
         states = {int(i): s for i, s in part_of(tensors, "states").items()}
         if world_size() > 1:  # the checkpoint has the first process's states only
             states = cached_states(run, model, train)
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
     contrasts, w = config.diversity == "contrast", config.diversity_weight
+
+    def query(ids, c):
+        """What asks for the next token, from this one and its context; thrown away afterwards."""
+        return fnn(torch.cat((F.layer_norm(table(ids), (E,)), c), dim=-1))
 
     def loss(ids, real, previous, negatives, tokens):
         """This part's share of the loss, of CVFP, of the diversity, and its converged tokens."""
@@ -1170,7 +1175,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             change = (c - model.contexts(previous))[real].pow(2).mean(-1)
         if contrasts:
             after = real[:, 1:]
-            diversity = contrast(query(c[:, :-1][after]), ids[:, 1:][after], negatives, table,
+            diversity = contrast(query(ids, c)[:, :-1][after], ids[:, 1:][after], negatives, table,
                                  config.contrast_temperature) / tokens
         else:
             diversity = dict(norm=norm, logdet=logdet)[config.diversity](c[real])
@@ -1187,8 +1192,9 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         negatives = follows[torch.linspace(0, len(follows) - 1, config.negatives).long()]
         total = torch.zeros((), device=device)
         for i, s in all_states(run, model, val, range(rank(), len(val), world_size())).items():
-            q = query(model.contexts(s[:-1].to(device)))
-            total += contrast(q, val[i].ids[1:].long().to(device), negatives, table,
+            ids = val[i].ids.long().to(device)
+            q = query(ids[:-1], model.contexts(s[:-1].to(device)))
+            total += contrast(q, ids[1:], negatives, table,
                               config.contrast_temperature)
         return global_sum(total).item() / len(follows)
 
@@ -1239,7 +1245,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         if iteration >= config.min_iterations and settled and (waited or not contrasts):
             break
         run.safe_point(lambda: run.save(
-            "last.safetensors", model, optimizer, dict(query=query.state_dict(), best=best_block,
+            "last.safetensors", model, optimizer, dict(query=fnn.state_dict(), best=best_block,
                                                        states=states),
             phase=1, iteration=iteration, progress=[factor, best, waited, share]),
             f"iteration {iteration} of phase 1")

@@ -475,6 +475,20 @@ def test_pasted_into_a_notebook_it_runs_whatever_the_kernels_own_options_are(mon
     assert "--samples" in capsys.readouterr().err and callable(scope["generate"])
 
 
+def test_the_comparison_trains_every_model_and_reports_on_dialogues_it_did_not_choose_with(
+        monkeypatch, capsys):
+    monkeypatch.setattr(newllm, "say", newllm.say)  # compare() silences it
+    write_dialogues(Path("chat.jsonl"), [(f"say {k}", f"{k} it is") for k in range(60)])
+    compare("chat.jsonl", 2000, 2, KINDS, [0.1], [1], "cpu", None)
+    said = capsys.readouterr().out
+    parts, V = split_file("chat.jsonl", 2000)
+    texts = [{tuple(d.ids.tolist()) for d in part} for part in parts]
+    assert all(f"\n{kind} " in said for kind in KINDS) and V < 200
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+    sizes = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", said)]
+    assert len(sizes) == len(KINDS) and max(sizes) / min(sizes) < 1.05
+
+
 # --- what goes wrong
 
 
@@ -987,6 +1001,9 @@ def benchmark(quick, device):
 # --- the comparison: python test_newllm.py --compare DATA.jsonl
 
 
+KINDS = ["New-LLM", "New-LLM untrained contexts", "New-LLM joint", "GRU", "Transformer"]
+
+
 class Baseline(nn.Module):
     """A GRU or pre-norm Transformer in the clothes of NewLLM, so that phase2() trains all alike."""
 
@@ -1125,8 +1142,7 @@ if __name__ == "__main__":
                         help="of Phase 2 and of the baselines, at most")
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--models", nargs="+", default=["New-LLM", "New-LLM untrained contexts",
-                                                        "New-LLM joint", "GRU", "Transformer"])
+    parser.add_argument("--models", nargs="+", default=KINDS)
     parser.add_argument("--plot", metavar="FILE.png")
     options = parser.parse_args()
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REPO / "data"))
