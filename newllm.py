@@ -93,8 +93,8 @@ class Config:
     embedding_rate: float = option(1.0, "share of it for learned embeddings; they overfit first")
     batch_tokens: int = option(64, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
-    patience: int = option(0, "epochs without gain before it stops; 0: never, last is best", least=0)
-    stop_after: int = option(0, "epochs after which to save and stop, to be resumed; 0: no", least=0)
+    patience: int = option(0, "epochs without gain until it stops; 0: none, last is best", least=0)
+    stop_after: int = option(0, "epochs after which to save and stop, to be resumed", least=0)
     cache_gb: float = option(4.0, "GB for states; if they do not fit, each batch's are recomputed")
     # both phases, and the machine
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
@@ -1095,31 +1095,76 @@ def logdet(c: Tensor, eps: float = 0.05) -> Tensor:
     scatter, C = global_sum(z.T @ z), c.shape[1]
     return -torch.logdet(torch.eye(C, device=c.device) + scatter / (scatter.trace() / C * eps)) / C
 
-def contrast(queries: Tensor, y: Tensor, negatives: Tensor, table: nn.Embedding,
-             temperature: float) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018), summed: which token comes next, among wrong ones?
+class ContextLoss(nn.Module):
+    """Phase 1's loss, (1 - w) CVFP + w diversity.
 
-    queries (N, E) of contexts, the tokens after them y (N,), wrong ones (M,). A contrastive loss is
-    alignment + uniformity (Wang & Isola 2020): the uniformity is the diversity, but spent on what
-    tells the next token.
+    CVFP, context vector fixed point, is the mean squared change of a context since the last
+    iteration. `query` asks for the next token, from this one and its context, as the token block
+    will; it is thrown away after Phase 1.
     """
-    queries = F.normalize(queries, dim=-1)
-    right = (queries * F.normalize(table(y), dim=-1)).sum(-1, keepdim=True)
-    wrong = queries @ F.normalize(table(negatives), dim=-1).T
-    wrong = wrong.masked_fill(y[:, None] == negatives, -math.inf)
-    scores = torch.cat((right, wrong), 1) / temperature
-    return F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
+
+    def __init__(self, model: NewLLM, config: Config):
+        super().__init__()
+        self.model, self.config, self.found = model, config, {}
+        E, C, H = model.embed.embedding_dim, config.context_dim, config.hidden_dim
+        self.query = nn.Sequential(nn.Linear(E + C, H), nn.SiLU(), nn.Linear(H, E))
+
+    def contrast(self, ids: Tensor, real: Tensor, c: Tensor, negatives: Tensor) -> Tensor:
+        """InfoNCE (van den Oord et al. 2018), summed: which token comes next, among wrong ones?
+
+        ids, real (B, T), c (B, T, C), negatives (M,) token ids. A contrastive loss is alignment +
+        uniformity (Wang & Isola 2020): uniformity is diversity, but spent on what tells tokens.
+        """
+        table, after = self.model.context_table(), real[:, 1:]
+        x = F.layer_norm(table(ids), (table.embedding_dim,))
+        q = F.normalize(self.query(torch.cat((x, c), dim=-1)[:, :-1][after]), dim=-1)
+        y = ids[:, 1:][after]
+        right = (q * F.normalize(table(y), dim=-1)).sum(-1, keepdim=True)
+        wrong = q @ F.normalize(table(negatives), dim=-1).T
+        wrong = wrong.masked_fill(y[:, None] == negatives, -math.inf)
+        scores = torch.cat((right, wrong), 1) / self.config.contrast_temperature
+        return F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
+
+    def forward(self, numbers: list[int], ids: Tensor, real: Tensor, previous: Optional[Tensor],
+                negatives: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For some dialogues of a batch of `count` tokens: their share of the loss, of CVFP, of the
+        diversity, and how many tokens converged. previous (B, T, C): the last iteration's states.
+        """
+        states, w = self.model.states(ids, guess=previous), self.config.diversity_weight
+        self.found |= {i: s[r].detach() for i, s, r in zip(numbers, states, real)}
+        c, change = self.model.contexts(states), states.new_full((1,), math.inf)
+        if previous is not None:
+            change = (c - self.model.contexts(previous))[real].pow(2).mean(-1)
+        cvfp = change.sum() / count if previous is not None else change.new_zeros(())
+        if self.config.diversity == "contrast":
+            diversity = shown = self.contrast(ids, real, c, negatives) / count
+        else:  # one figure for all processes, and for all parts of the batch by their size
+            diversity = dict(norm=norm, logdet=logdet)[self.config.diversity](c[real])
+            diversity = diversity * global_sum(real.sum()) / count
+            shown = diversity / world_size()
+        return ((1 - w) * cvfp + w * diversity, cvfp, shown,
+                (change < self.config.threshold).sum())
+
+    @torch.no_grad()
+    def held_out(self, run: Run, val: list[Dialogue]) -> float:
+        """The contrast per token of dialogues not trained on, against fixed negatives."""
+        follows = torch.cat([d.ids[1:] for d in val]).sort().values.long().to(run.device)
+        negatives = follows[torch.linspace(0, len(follows) - 1, self.config.negatives).long()]
+        total = torch.zeros((), device=run.device)
+        for i, s in all_states(run, self.model, val, range(rank(), len(val), world_size())).items():
+            ids, _, real = collate(val, [i], run.device)
+            c = self.model.contexts(s[None].to(run.device))
+            total += self.contrast(ids, real, c, negatives)
+        return global_sum(total).item() / len(follows)
 
 def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
            resumed=None) -> dict[int, Tensor]:
     """Learn the context block. Returns the states of this process's training dialogues by number,
     or none of them where --cache-gb cannot hold all.
 
-    The loss is (1 - w) CVFP + w diversity; CVFP, context vector fixed point, is the mean squared
-    change of a context since the last iteration. Weights and states are cached: a second run on the
-    same data with the same settings finds them.
+    Weights and states are cached: a second run on the same data with the same settings finds them.
     """
-    config, device = run.config, run.device
+    config, device, total = run.config, run.device, sum(len(d.ids) for d in train)
     content = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in (
         *model.state_dict().values(), *(d.ids for d in train + val))))
     settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
@@ -1131,12 +1176,10 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         model.load_state_dict(part_of(tensors, "model"), strict=False)
         say(f"phase 1: done before with the same data and settings, found in {path}")
         return {int(i): s for i, s in part_of(tensors, "states").items()}
-    table, total = model.context_table(), sum(len(d.ids) for d in train)
-    block = {name: p for name, p in model.named_parameters()
-             if p.requires_grad and (name.startswith("cell.") or p is table.weight)}
-    E, C, H = table.embedding_dim, config.context_dim, config.hidden_dim
-    fnn = nn.Sequential(nn.Linear(E + C, H), nn.SiLU(), nn.Linear(H, E)).to(device)
-    optimizer = run.optimizer(block | {f"query.{n}": p for n, p in fnn.named_parameters()},
+    contrasts, loss = config.diversity == "contrast", ContextLoss(model, config).to(device)
+    block = {name: p for name, p in model.named_parameters() if p.requires_grad and (
+        name.startswith("cell.") or p is model.context_table().weight)}
+    optimizer = run.optimizer(block | dict(loss.query.named_parameters()),
                               config.phase1_learning_rate)
     batches = batches_of(train, config.phase1_batch_tokens)
     start, first, factor, best, waited, share = time.perf_counter(), 1, 1.0, math.inf, 0, 0.0
@@ -1154,86 +1197,43 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     else:
         tensors, notes = resumed
         run.restore(tensors, notes, optimizer)
-        fnn.load_state_dict(part_of(tensors, "query"))
+        loss.query.load_state_dict(part_of(tensors, "query"))
         best_block = {n: t.to(device) for n, t in part_of(tensors, "best").items()}
         states = {int(i): s for i, s in part_of(tensors, "states").items()}
         if world_size() > 1:  # the checkpoint has the first process's states only
             states = cached_states(run, model, train)
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
-    contrasts, w = config.diversity == "contrast", config.diversity_weight
-
-    def query(ids, c):
-        """What asks for the next token, from this one and its context; thrown away afterwards."""
-        return fnn(torch.cat((F.layer_norm(table(ids), (E,)), c), dim=-1))
-
-    def loss(ids, real, previous, negatives, tokens):
-        """This part's share of the loss, of CVFP, of the diversity, and its converged tokens."""
-        now = model.states(ids, guess=previous)
-        new_states.extend(now.detach())
-        c, change = model.contexts(now), real.new_zeros(1, dtype=torch.float32)
-        if previous is not None:
-            change = (c - model.contexts(previous))[real].pow(2).mean(-1)
-        if contrasts:
-            after = real[:, 1:]
-            diversity = contrast(query(ids, c)[:, :-1][after], ids[:, 1:][after], negatives, table,
-                                 config.contrast_temperature) / tokens
-        else:
-            diversity = dict(norm=norm, logdet=logdet)[config.diversity](c[real])
-            diversity = diversity * global_sum(real.sum()) / tokens  # if the batch is in parts
-        cvfp, known = change.sum() / tokens, previous is not None
-        value = (1 - w) * cvfp + w * diversity
-        diversity = diversity if contrasts else diversity / world_size()  # to be summed over them
-        return value, cvfp, diversity, (change < config.threshold).sum() * known
-
-    @torch.no_grad()
-    def held_out_loss():
-        """The contrastive loss per token of dialogues not trained on, against fixed negatives."""
-        follows = torch.cat([d.ids[1:] for d in val]).sort().values.long().to(device)
-        negatives = follows[torch.linspace(0, len(follows) - 1, config.negatives).long()]
-        total = torch.zeros((), device=device)
-        for i, s in all_states(run, model, val, range(rank(), len(val), world_size())).items():
-            ids = val[i].ids.long().to(device)
-            q = query(ids[:-1], model.contexts(s[:-1].to(device)))
-            total += contrast(q, ids[1:], negatives, table,
-                              config.contrast_temperature)
-        return global_sum(total).item() / len(follows)
-
     for iteration in range(first, config.iterations + 1):
         start, sums, order = time.perf_counter(), torch.zeros(4), list(range(len(batches)))
         random.Random(f"{config.seed} {iteration}").shuffle(order)
         generator = torch.Generator().manual_seed(config.seed * 10007 + iteration)
         for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(),
                                         leave=False)):
-            share_of_k, new_states = batches[k][rank()::world_size()], []
+            mine, loss.found = batches[k][rank()::world_size()], {}
             after = torch.cat([train[i].ids[1:] for i in batches[k]]).long()
             chosen = torch.randperm(len(after), generator=generator)[:config.negatives]
-            negatives, tokens = after[chosen].to(device), len(after) if contrasts else (
-                len(after) + len(batches[k]))
+            count = len(after) + (0 if contrasts else len(batches[k]))
 
             def batch(parts):
-                new_states.clear()
-                for some in filter(None, (share_of_k[j::parts] for j in range(parts))):
+                for some in filter(None, (mine[j::parts] for j in range(parts))):
                     ids, _, real = collate(train, some, device)
-                    yield (ids, real, pad([states[i] for i in some], device) if states else None,
-                           negatives, tokens)
+                    yield (some, ids, real, pad([states[i] for i in some], device) if states
+                           else None, after[chosen].to(device), count)
             done = (iteration - 1) * len(batches) + number
-            found = run.step(optimizer, factor * config.phase1_learning_rate,
-                             done / (config.iterations * len(batches)), done, loss, batch, 1)
-            sums += found * torch.tensor([0, tokens, tokens, 1])
-            in_order = [i for j in range(run.parts) for i in share_of_k[j::run.parts]]
-            for i, s in zip(in_order, new_states) if states else ():
-                states[i] = s[:len(train[i].ids)].cpu().clone()
-        _, cvfp, diversity, converged = sums.tolist()
-        share, sweeps = converged / total, model.sweeps
-        held_out = held_out_loss() if contrasts else diversity / total
+            sums += torch.tensor([0, count, count, 1]) * run.step(
+                optimizer, factor * config.phase1_learning_rate,
+                done / (config.iterations * len(batches)), done, loss, batch, 1)
+            states |= {i: s.cpu() for i, s in loss.found.items() if states}
+        cvfp, diversity, share = (sums[1:] / total).tolist()
+        held_out, sweeps = loss.held_out(run, val) if contrasts else diversity, model.sweeps
         some = states or all_states(run, model, train, range(min(64, len(train))))
         erank = effective_rank(model.contexts(torch.cat([*some.values()][:256])))
-        say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp / total:.1e} | "
-            f"{config.diversity} {diversity / total:+.3f}"
+        say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp:.1e} | "
+            f"{config.diversity} {diversity:+.3f}"
             f"{f', held out {held_out:+.3f}' if contrasts else ''} | effective rank {erank:.0%} | "
             f"{f'{sweeps} sweeps' if sweeps else 'loop'} | {time.perf_counter() - start:.1f} s")
-        run.log("phase1", iteration, converged=share, cvfp=cvfp / total, held_out=held_out,
-                diversity=diversity / total, effective_rank=erank, sweeps=sweeps)
+        run.log("phase1", iteration, converged=share, cvfp=cvfp, held_out=held_out,
+                diversity=diversity, effective_rank=erank, sweeps=sweeps)
         settled = not states or share >= 0.95 and waited != 1  # after a jump nothing is proven
         if not contrasts or held_out < best - 1e-3:
             best, waited = held_out, 0
@@ -1245,8 +1245,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         if iteration >= config.min_iterations and settled and (waited or not contrasts):
             break
         run.safe_point(lambda: run.save(
-            "last.safetensors", model, optimizer, dict(query=fnn.state_dict(), best=best_block,
-                                                       states=states),
+            "last.safetensors", model, optimizer,
+            dict(query=loss.query.state_dict(), best=best_block, states=states),
             phase=1, iteration=iteration, progress=[factor, best, waited, share]),
             f"iteration {iteration} of phase 1")
     report(run, model, train, share if config.iterations and states else 1.0)
@@ -1464,12 +1464,11 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
         states = cached_states(run, model, train)
     figures = phase2(run, model, train, val, {} if config.joint else states,
                      resumed if in_phase2 else None)
-    if world_size() > 1:
-        dist.barrier()  # the first process may still be writing
-    model = load_model(best_checkpoint(out), str(run.device))[0]
+    if rank() == 0:
+        model = load_model(best_checkpoint(out), str(run.device))[0]
     some = all_states(run, model, train[:64])
     figures["effective_rank"] = effective_rank(model.contexts(torch.cat([*some.values()])))
-    return model, figures | dict(tokens=sum(len(d.ids) for d in train))
+    return model.eval(), figures | dict(tokens=sum(len(d.ids) for d in train))
 
 def scaling(config: Config):
     """Train a model on each of several numbers of dialogues; fit PPL = A tokens^alpha."""
