@@ -16,6 +16,7 @@ The letters that the code and its comments use:
     V         vocabulary: GPT-2's 50,257 tokens + two for ChatML, padded to 50,304
     E, C, H   embed_dim, context_dim, hidden_dim
     x         embedded, normalised tokens                  (B, T, E)
+    u         what they add to the first hidden layer      (B, T, H)
     s         the state that goes from token to token      (B, C)
     c         the context, LayerNorm(s): what is read      (B, C)
 """
@@ -83,7 +84,7 @@ class Config:
     phase1_learning_rate: float = option(2e-3, "AdamW's peak learning rate in Phase 1")
     phase1_batch_tokens: int = option(4096, "tokens per optimizer step, in whole dialogues")
     diversity: str = option("contrast", "what spreads contexts", ("contrast", "logdet", "norm"))
-    diversity_weight: float = option(0.9, "w, 0 to 1, in (1 - w) CVFP + w diversity", least=0)
+    diversity_weight: float = option(0.9, "w, 0 to 1, in (1 - w) change + w diversity", least=0)
     negatives: int = option(1023, "wrong next tokens to tell the right one from")
     contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
     threshold: float = option(0.01, "a context that changes less, mean squared, has converged")
@@ -118,8 +119,8 @@ PRESETS = {
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "tensorboard"}
 PHASE_2_ONLY = MAY_CHANGE | {  # what Phase 1 does not depend on (the data's content it does)
-    "learning_rate", "embedding_rate", "batch_tokens", "dropout", "dtype", "show_data", "scaling",
-    "data", "val_data"}
+    "learning_rate", "embedding_rate", "batch_tokens", "dropout", "dtype", "show_data", "data",
+    "val_data", "joint"}
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2, no traceback."""
@@ -158,14 +159,98 @@ def parse(argv: list[str]) -> tuple[Config, dict]:
     for f in fields(Config):
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
                 dict(type=f.type, choices=f.metadata["choices"], metavar=f.name.upper()))
+        default = "none" if f.default == "" else f.default
         parser.add_argument(flag_of(f.name), default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} (default: {f.default or 'none'})")
+                            help=f"{f.metadata['help']} (default: {default})")
     given = vars(parser.parse_args(argv))
     asked = PRESETS[given.pop("preset", "small")] | given
     return check(replace(Config(), **asked)), asked
 
 # ------------------------------------------------------------------------------------------------
-# 2. Data: dialogues in; token ids, and a mask of the assistant's words, out
+# 2. Processes and files: what the rest of the program stands on
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+@contextlib.contextmanager
+def first_on_its_machine():
+    """The first process of a machine goes through alone; the others follow and find its files."""
+    waits = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
+    if waits:
+        dist.barrier()
+    yield
+    if world_size() > 1 and not waits:
+        dist.barrier()
+
+def say(text: str):
+    """Print, on the first of several processes only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+def in_notebook() -> bool:
+    return hasattr(builtins, "__IPYTHON__")
+
+def quiet() -> bool:
+    """No progress bars into files, nor from a second process."""
+    return rank() > 0 or not (sys.stderr.isatty() or in_notebook())
+
+def global_sum(x: Tensor) -> Tensor:
+    """Sum over all processes; the gradient flows into this process's share only."""
+    if world_size() == 1:
+        return x
+    everything = x.detach().clone()
+    dist.all_reduce(everything)
+    return x + (everything - x.detach())
+
+def cause(error: Exception) -> str:
+    """The first line of an error, short enough for ours."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
+
+def digest(thing) -> str:
+    """A short name for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Tensor]:
+    """{"a": {"b": tensor}} -> {"a/b": tensor}, as .safetensors files have it."""
+    return {name: t for key, value in tree.items() for name, t in
+            (flat(value, f"{prefix}{key}/") if isinstance(value, dict)
+             else {f"{prefix}{key}": value}).items()}
+
+def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under prefix/, by the rest of their names."""
+    return {name[len(prefix) + 1:]: t for name, t in tensors.items()
+            if name.startswith(prefix + "/")}
+
+def save_tensors(path: Path, tree: dict, notes: dict):
+    """Write a .safetensors file, whole or not at all. Raises UserError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.detach().cpu().contiguous() for name, t in flat(tree).items()},
+                  temporary, metadata=dict(newllm=json.dumps(notes)))
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({cause(e)}); free some space, or name another "
+                        f"folder with --out or --cache") from None
+
+def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
+    """What save_tensors() wrote: tensors whose names begin with prefix, and notes. Runs no code."""
+    try:
+        with safe_open(path, "pt") as file:
+            notes = json.loads(file.metadata()["newllm"])
+            return {name: file.get_tensor(name) for name in file.keys()
+                    if name.startswith(prefix)}, notes
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is missing, damaged or not New-LLM's ({cause(e)}); delete it or "
+                        f"name another") from None
+
+# ------------------------------------------------------------------------------------------------
+# 3. Data: dialogues in; token ids, and a mask of the assistant's words, out
 
 IM_START, IM_END, VOCAB_USED, VOCAB = 50257, 50258, 50259, 50304
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", system="system")
@@ -209,24 +294,20 @@ class Tokenizer:
     def text(self, ids: list[int]) -> str:
         return self.bpe.decode(ids, errors="replace")
 
-def cause(error: Exception) -> str:
-    """The first line of an error, short enough for ours."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
-
 def messages_of(record: dict, where: str) -> list[tuple[str, str]]:
     """(role, text) pairs of a record with messages (UltraChat) or conversations (ShareGPT)."""
     try:
         turns = record["messages"] if "messages" in record else record["conversations"]
         pairs = [(turn["role"], turn["content"]) if "role" in turn else
                  (turn["from"], turn["value"]) for turn in turns]
-        ends = [text.strip() for _, text in pairs]
+        answers = [text for role, text in pairs if text.strip() and
+                   ROLES.get(role) == "assistant"]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: no list called messages or conversations, of a role and a text "
                         f"each") from None
-    for role, _ in pairs:
-        if role not in ROLES:
-            raise UserError(f"{where}: unknown role {role!r}; use {', '.join(ROLES)}")
-    if not any(ROLES[role] == "assistant" and text for (role, _), text in zip(pairs, ends)):
+    if unknown := [role for role, _ in pairs if role not in ROLES]:
+        raise UserError(f"{where}: unknown role {unknown[0]!r}; use {', '.join(ROLES)}")
+    if not answers:
         raise UserError(f"{where}: " + ("no assistant message, so nothing to learn from" if pairs
                                         else "an empty dialogue"))
     return [(ROLES[role], text) for role, text in pairs]
@@ -350,10 +431,10 @@ def targets(dialogues: list[Dialogue]) -> int:
     return sum(int(d.mask[1:].sum()) for d in dialogues)
 
 # ------------------------------------------------------------------------------------------------
-# 3. The contexts: one cell, walked token by token or solved for all tokens at once
+# 4. The contexts: one cell, walked token by token or solved for all tokens at once
 
 class Cell(nn.Module):
-    """One step of the recurrence: (u_t, s_{t-1}) -> s_t, u_t being the token's share of the gates.
+    """One step of the recurrence: (u_t, s_{t-1}) -> s_t.
 
     s_t = f * s_{t-1} + (1 - f) * i * d keeps |s| <= 1 and forgets, so errors die out; LayerNorm is
     left to the read-out. kind="original" has it in the loop: s_t = LayerNorm(f * s_{t-1} + i * d).
@@ -390,7 +471,8 @@ class Cell(nn.Module):
         return torch.addcmul((1 - f) * i * d, f, s), f
 
 def walk(cell: Cell, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Token by token: u (B, T, ·), s (B, C) -> states (B, T, C), product of forget gates (B, C)."""
+    """Token by token: u (B, T, ·), s (B, C) -> states (B, T, C); the product of forget
+    gates (B, C), which solve() needs."""
     states, kept = [], torch.ones_like(s)
     for u_t in u.unbind(1):
         s, f = cell(u_t, s)
@@ -432,8 +514,8 @@ def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None, tol
     NeurIPS 2024). That changes how many sweeps it takes, not where it ends, which is the walk.
 
     Args:
-        u: (B, T, ·) tokens' share of the gates; s0: (B, C) state before the first token.
-        guess: (B, T, C) states to start from, such as the last epoch's; zeros if None.
+        u: (B, T, ·) tokens' share of the first layer; s0: (B, C) state before the first token.
+        guess: (B, T, C) states to start from, such as the last iteration's; zeros if None.
     Returns:
         states (B, T, C); the chunks' starts (B, n, C); sweeps taken, 0 if none of max_sweeps
         reached tol, in which case the states come from walk().
@@ -494,7 +576,7 @@ class ParallelStates(torch.autograd.Function):
         return None, gradients[0], m[:, 0], None, None, None, *gradients[1:]
 
 # ------------------------------------------------------------------------------------------------
-# 4. The model: the context block, the token block, the output head; how it writes
+# 5. The model: the context block, the token block, the output head; how it writes
 
 class HeadLoss(torch.autograd.Function):
     """Sum of the cross entropies of h W^T, and how many were right, without the (N, V) logits.
@@ -586,8 +668,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                guess: Optional[Tensor] = None) -> Tensor:
         """Context block: ids (B, T), state (B, C) or None for zeros -> states (B, T, C), float32.
 
-        solver="auto": on a CPU the loop wins once some dialogues are walked side by side, on a GPU
-        it never does (table 1 of python test_newllm.py).
+        solver="auto": on a CPU the loop wins once some dialogues are walked side by side (table 1
+        of python test_newllm.py); on a GPU every one of its steps is a launch.
         """
         with torch.autocast(input_ids.device.type, enabled=False):
             u = self.token_share(input_ids)
@@ -607,7 +689,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     def hidden_states(self, input_ids: Tensor, states: Tensor) -> Tensor:
         """The token block: ids (...), states (..., C) -> (..., E), ready for the output head.
 
-        h = LayerNorm(x + FNN([x, c]))
+        h = LayerNorm(x + FNN([x, c])), with dropout in between and after
         """
         x = F.layer_norm(self.embed(input_ids), self.embed.weight.shape[1:])
         a = torch.cat((x, self.contexts(states)), dim=-1)
@@ -658,17 +740,17 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             yield token, state
             input_ids = token[:, None]
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 100, do_sample: bool = False,
-                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-                 repetition_penalty: float = 1.0, num_beams: int = 1,
-                 eos_token_id: Optional[int] = None, state: Optional[Tensor] = None) -> Tensor:
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 100, num_beams: int = 1,
+                 eos_token_id: Optional[int] = None, state: Optional[Tensor] = None,
+                 **sampling) -> Tensor:
         """ids (B, T) -> (B, T + new), argument names and meanings as in Hugging Face's generate().
 
-        Rows that have ended are filled up with eos_token_id. state: what was read before input_ids.
+        sampling: do_sample, temperature, top_k, top_p, repetition_penalty, as in stream(). Rows
+        that have ended are filled up with eos_token_id. state: what was read before input_ids.
         Raises ValueError for num_beams > 1 together with do_sample or repetition_penalty.
         """
         if num_beams > 1:
-            if do_sample or repetition_penalty != 1:
+            if sampling.get("do_sample") or sampling.get("repetition_penalty", 1) != 1:
                 raise ValueError("beam search takes neither do_sample nor repetition_penalty")
             rows = [self.beam_search(ids[None], max_new_tokens, num_beams, eos_token_id,
                                      None if state is None else state[i:i + 1])
@@ -676,8 +758,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos_token_id or 0)
             return torch.cat((input_ids, new), 1)
         new, ended = [], torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
-        for token, _ in self.stream(input_ids, max_new_tokens, do_sample, temperature, top_k, top_p,
-                                    repetition_penalty, state):
+        for token, _ in self.stream(input_ids, max_new_tokens, state=state, **sampling):
             if eos_token_id is not None:
                 token = torch.where(ended, eos_token_id, token)
                 ended |= token == eos_token_id
@@ -784,83 +865,7 @@ def download_gpt2_embeddings(path: Path) -> Path:
     return path
 
 # ------------------------------------------------------------------------------------------------
-# 5. The run: files, processes, devices, one optimizer step
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-@contextlib.contextmanager
-def first_on_its_machine():
-    """The first process of a machine goes through alone; the others follow and find its files."""
-    waits = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
-    if waits:
-        dist.barrier()
-    yield
-    if world_size() > 1 and not waits:
-        dist.barrier()
-
-def say(text: str):
-    """Print, on the first of several processes only."""
-    if rank() == 0:
-        print(text, flush=True)
-
-def in_notebook() -> bool:
-    return hasattr(builtins, "__IPYTHON__")
-
-def quiet() -> bool:
-    """No progress bars into files, nor from a second process."""
-    return rank() > 0 or not (sys.stderr.isatty() or in_notebook())
-
-def global_sum(x: Tensor) -> Tensor:
-    """Sum over all processes; the gradient flows into this process's share only."""
-    if world_size() == 1:
-        return x
-    everything = x.detach().clone()
-    dist.all_reduce(everything)
-    return x + (everything - x.detach())
-
-def digest(thing) -> str:
-    """A short name for anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
-
-def flat(tree: dict, prefix: str = "") -> dict[str, Tensor]:
-    """{"a": {"b": tensor}} -> {"a/b": tensor}, as .safetensors files have it."""
-    return {name: t for key, value in tree.items() for name, t in
-            (flat(value, f"{prefix}{key}/") if isinstance(value, dict)
-             else {f"{prefix}{key}": value}).items()}
-
-def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under prefix/, by the rest of their names."""
-    return {name[len(prefix) + 1:]: t for name, t in tensors.items()
-            if name.startswith(prefix + "/")}
-
-def save_tensors(path: Path, tree: dict, notes: dict):
-    """Write a .safetensors file, whole or not at all. Raises UserError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in flat(tree).items()},
-                  temporary, metadata=dict(newllm=json.dumps(notes)))
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({cause(e)}); free some space, or name another "
-                        f"folder with --out or --cache") from None
-
-def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
-    """What save_tensors() wrote: tensors whose names begin with prefix, and notes. Runs no code."""
-    try:
-        with safe_open(path, "pt") as file:
-            notes = json.loads(file.metadata()["newllm"])
-            return {name: file.get_tensor(name) for name in file.keys()
-                    if name.startswith(prefix)}, notes
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} is missing, damaged or not New-LLM's ({cause(e)}); delete it or "
-                        f"name another") from None
+# 6. The run: checkpoints, devices, one optimizer step
 
 def val_loss_of(path: Path) -> float:
     return float(path.stem.rsplit("-", 1)[1])
@@ -894,13 +899,12 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """dtype of the matrix products outside the recurrence, and the reason for it in words."""
     if name != "auto":
         return getattr(torch, name), "as asked"
-    if device.type == "cuda":
-        new = torch.cuda.get_device_capability(device)[0] >= 8
-        return ((torch.bfloat16, "the GPU has it") if new
-                else (torch.float16, "an older GPU, no bfloat16"))
-    if device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
-                                    for unit in ("amx_tile", "avx512_bf16")):
-        return torch.bfloat16, "the CPU multiplies it in hardware, at least three times as fast"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        return torch.float16, "an older GPU, no bfloat16"
+    if device.type == "cuda" or device.type == "cpu" and any(
+            getattr(torch.cpu, f"_is_{unit}_supported", bool)()
+            for unit in ("amx_tile", "avx512_bf16")):
+        return torch.bfloat16, "the hardware multiplies it"
     return torch.float32, f"no bfloat16 in this {device.type}'s hardware that torch knows of"
 
 class Stopped(Exception):
@@ -932,13 +936,13 @@ class Run:
         self.interrupted = True
         say("\nsaving at the next safe point (Ctrl-C again: leave at once)")
 
-    def safe_point(self, save, where: str, stop: bool = False, due: bool = True):
-        """Save once a minute where that is due, and on Ctrl-C or `stop`, which then ends the run.
+    def safe_point(self, save, where: str, stop: bool = False, over: bool = False):
+        """Save once a minute, when it is over, and on Ctrl-C or `stop`, which then ends the run.
 
         Ctrl-C on one of several processes stops them all at the same step.
         """
         stop = stop or bool(global_sum(torch.tensor(float(self.interrupted), device=self.device)))
-        if stop or due and time.perf_counter() - self.saved > 60:
+        if stop or over or time.perf_counter() - self.saved > 60:
             save()
             self.saved = time.perf_counter()
         if stop:
@@ -952,8 +956,11 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def optimizer(self, parameters: dict[str, nn.Parameter], rate: float, embedding_rate=1.0):
-        """AdamW on parameters by name; embeddings get their share of the learning rate."""
+    def optimizer(self, parameters: dict[str, nn.Parameter], rate: float, tokens: int,
+                  embedding_rate: float = 1.0):
+        """AdamW on parameters by name, for steps of so many tokens; embeddings get their share of
+        the learning rate."""
+        self.parts = -(-tokens // 8192) if self.device.type == "cpu" else 1  # see step()
         groups = [dict(params=[p for name, p in parameters.items() if ("embed" in name) == embeds],
                        share=share) for embeds, share in ((False, 1.0), (True, embedding_rate))]
         return torch.optim.AdamW([g for g in groups if g["params"]], rate, fused=True,
@@ -976,7 +983,7 @@ class Run:
         while True:
             try:
                 optimizer.zero_grad(set_to_none=True)
-                sums = torch.zeros(4, device=self.device)
+                sums = self.scaler.scale(torch.zeros(4, device=self.device))  # sets the scaler up
                 for part in batch(self.parts):
                     values = loss(*part)
                     self.scaler.scale(values[0] / count).backward()
@@ -988,7 +995,7 @@ class Run:
                                     "memory; lower --hidden-dim or --max-len, or use "
                                     "--device cpu") from None
                 self.parts += -(-self.parts // 4)  # small steps, to leave little memory unused
-                torch.cuda.empty_cache()
+                values = None  # the graph that it holds needs memory too
         if number == 0 or self.parts > before:
             memory = "a CPU takes up to 8,192 tokens at once"
             if self.device.type == "cuda":
@@ -1033,17 +1040,23 @@ class Run:
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
-        self.scaler.load_state_dict(notes["scaler"])
+        if notes["scaler"]:
+            self.scaler.load_state_dict(notes["scaler"])
         self.parts = notes["parts"]
 
 # ------------------------------------------------------------------------------------------------
-# 6. Phase 1: learn the contexts of all tokens at once; no word is predicted
+# 7. Phase 1: learn the contexts of all tokens at once, without the 50,304-way softmax
 
-def batches_of(dialogues: list[Dialogue], tokens: int) -> list[list[int]]:
-    """Indices of dialogues of like length, at most `tokens` together, but one at least."""
-    batches = [[]]
-    for i in sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids)):
-        if batches[-1] and (len(batches[-1]) + 1) * len(dialogues[i].ids) > tokens:
+def share_of(dialogues: list[Dialogue]) -> list[int]:
+    """Indices of this process's dialogues, dealt out by length."""
+    order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids))
+    return order[rank()::world_size()]
+
+def batches_of(dialogues: list[Dialogue], wanted, tokens: int) -> list[list[int]]:
+    """The wanted indices, of dialogues of like length, at most `tokens` together (or one)."""
+    batches = []
+    for i in sorted(wanted, key=lambda i: len(dialogues[i].ids)):
+        if not batches or (len(batches[-1]) + 1) * len(dialogues[i].ids) > tokens:
             batches.append([])
         batches[-1].append(i)
     return batches
@@ -1058,14 +1071,11 @@ def collate(dialogues: list[Dialogue], indices: list[int], device) -> tuple[Tens
             pad([torch.ones_like(d.mask) for d in some], device))
 
 @torch.no_grad()
-def all_states(run: Run, model: NewLLM, dialogues: list[Dialogue],
-               wanted: Optional[list[int]] = None) -> dict[int, Tensor]:
-    """The states (T, C), on the CPU, of the wanted dialogues (all of them, if None)."""
+def all_states(run: Run, model: NewLLM, dialogues: list[Dialogue], wanted) -> dict[int, Tensor]:
+    """The states (T, C) of the wanted dialogues by index, on the CPU."""
     states = {}
-    wanted = range(len(dialogues)) if wanted is None else wanted
-    batches = batches_of([dialogues[i] for i in wanted], 8192)
+    batches = batches_of(dialogues, wanted, 8192)
     for batch in tqdm(batches, "contexts", disable=quiet(), leave=False):
-        batch = [wanted[k] for k in batch]
         for i, s in zip(batch, model.states(collate(dialogues, batch, run.device)[0]).cpu()):
             states[i] = s[:len(dialogues[i].ids)].clone()
     return states
@@ -1073,9 +1083,7 @@ def all_states(run: Run, model: NewLLM, dialogues: list[Dialogue],
 def cached_states(run: Run, model: NewLLM, train: list[Dialogue]) -> dict[int, Tensor]:
     """all_states() of this process's share, or none where --cache-gb cannot hold those of all."""
     fits = sum(len(d.ids) for d in train) * model.cell.C * 4 / 1e9 <= run.config.cache_gb
-    mine = [i for batch in batches_of(train, run.config.phase1_batch_tokens)
-            for i in batch[rank()::world_size()]]
-    return all_states(run, model, train, mine) if fits else {}
+    return all_states(run, model, train, share_of(train)) if fits else {}
 
 def effective_rank(contexts: Tensor) -> float:
     """exp(entropy of normalised singular values) / C of contexts (N, C) (Roy & Vetterli 2007)."""
@@ -1105,7 +1113,8 @@ class ContextLoss(nn.Module):
 
     def __init__(self, model: NewLLM, config: Config):
         super().__init__()
-        self.model, self.config, self.found = model, config, {}
+        self.model, self.config = model, config
+        self.found = {}  # new states by dialogue, which phase1() collects
         E, C, H = model.embed.embedding_dim, config.context_dim, config.hidden_dim
         self.query = nn.Sequential(nn.Linear(E + C, H), nn.SiLU(), nn.Linear(H, E))
 
@@ -1151,7 +1160,7 @@ class ContextLoss(nn.Module):
         follows = torch.cat([d.ids[1:] for d in val]).sort().values.long().to(run.device)
         negatives = follows[torch.linspace(0, len(follows) - 1, self.config.negatives).long()]
         total = torch.zeros((), device=run.device)
-        for i, s in all_states(run, self.model, val, range(rank(), len(val), world_size())).items():
+        for i, s in all_states(run, self.model, val, share_of(val)).items():
             ids, _, real = collate(val, [i], run.device)
             c = self.model.contexts(s[None].to(run.device))
             total += self.contrast(ids, real, c, negatives)
@@ -1166,7 +1175,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     """
     config, device, total = run.config, run.device, sum(len(d.ids) for d in train)
     content = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in (
-        *model.state_dict().values(), *(d.ids for d in train + val))))
+        *model.state_dict().values(), *(d.ids for d in train + val),
+        *all_states(run, model, train, [0]).values())))  # the last in case you edit the cell
     settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
     path = Path(config.cache) / "contexts-{}.safetensors".format(
         digest([settings, content.hexdigest(), device.type, rank(), world_size()]))
@@ -1180,11 +1190,14 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     block = {name: p for name, p in model.named_parameters() if p.requires_grad and (
         name.startswith("cell.") or p is model.context_table().weight)}
     optimizer = run.optimizer(block | dict(loss.query.named_parameters()),
-                              config.phase1_learning_rate)
-    batches = batches_of(train, config.phase1_batch_tokens)
+                              config.phase1_learning_rate, config.phase1_batch_tokens)
+    own, batches = set(share_of(train)), batches_of(train, range(len(train)),
+                                                    config.phase1_batch_tokens)
+    if not contrasts and min(map(len, batches)) < world_size() * run.parts > 1:
+        raise UserError(f"--diversity {config.diversity} needs dialogues for each process and part "
+                        f"in every step; raise --phase1-batch-tokens")
     start, first, factor, best, waited, share = time.perf_counter(), 1, 1.0, math.inf, 0, 0.0
-    if device.type == "cpu":
-        run.parts = -(-config.phase1_batch_tokens // 8192)
+    # factor: of the learning rate; waited: iterations without gain on held-out dialogues
     if resumed is None:
         model.solver, solver = "sequential", model.solver
         states, best_block = cached_states(run, model, train), None
@@ -1200,7 +1213,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         loss.query.load_state_dict(part_of(tensors, "query"))
         best_block = {n: t.to(device) for n, t in part_of(tensors, "best").items()}
         states = {int(i): s for i, s in part_of(tensors, "states").items()}
-        if world_size() > 1:  # the checkpoint has the first process's states only
+        if world_size() > 1 or len(states) < len(train):  # only the first process's were saved
             states = cached_states(run, model, train)
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
     for iteration in range(first, config.iterations + 1):
@@ -1209,7 +1222,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         generator = torch.Generator().manual_seed(config.seed * 10007 + iteration)
         for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(),
                                         leave=False)):
-            mine, loss.found = batches[k][rank()::world_size()], {}
+            mine, loss.found = [i for i in batches[k] if i in own], {}
             after = torch.cat([train[i].ids[1:] for i in batches[k]]).long()
             chosen = torch.randperm(len(after), generator=generator)[:config.negatives]
             count = len(after) + (0 if contrasts else len(batches[k]))
@@ -1251,7 +1264,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             f"iteration {iteration} of phase 1")
     report(run, model, train, share if config.iterations and states else 1.0)
     states = cached_states(run, model, train)
-    save_tensors(path, dict(model=block, states=states), {})
+    if resumed is None:
+        save_tensors(path, dict(model=block, states=states), {})
     return states
 
 @torch.no_grad()
@@ -1283,7 +1297,7 @@ def report(run: Run, model: NewLLM, train: list[Dialogue], share: float):
             f"--context-dim, --hidden-dim or --num-layers")
 
 # ------------------------------------------------------------------------------------------------
-# 7. Phase 2: learn to predict the assistant's words
+# 8. Phase 2: learn to predict the assistant's words
 
 def word_loss(model: NewLLM, ids: Tensor, y: Tensor, states: Optional[Tensor] = None,
               joint: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -1310,12 +1324,11 @@ def rows_of(dialogues: list[Dialogue], states: dict[int, Tensor]) -> tuple[Tenso
 def evaluate(run: Run, model: NewLLM, dialogues: list[Dialogue]) -> tuple[float, float]:
     """Loss and accuracy per target token of all dialogues; each process takes its share."""
     model.eval()
-    share = dialogues[rank()::world_size()]
     sums = torch.zeros(3, device=run.device)
-    for batch in batches_of(share, 8192) if share else ():
+    for batch in batches_of(dialogues, share_of(dialogues), 8192):
         with run.autocast():
             sums += torch.stack([v.float() for v in word_loss(
-                model, *collate(share, batch, run.device)[:2])])
+                model, *collate(dialogues, batch, run.device)[:2])])
     model.train()
     loss, correct, count = global_sum(sums).tolist()
     return loss / count, correct / count
@@ -1328,13 +1341,12 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     config, device, per = run.config, run.device, run.config.batch_tokens
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and (
         config.joint or not name.startswith(("cell.", "context_embed.")))}
-    optimizer = run.optimizer(trained, config.learning_rate, config.embedding_rate)
-    rows, batches = rows_of(train, states) if states else None, batches_of(train, per)
+    optimizer = run.optimizer(trained, config.learning_rate, per, config.embedding_rate)
+    rows, own = rows_of(train, states) if states else None, set(share_of(train))
+    batches = batches_of(train, range(len(train)), per)
     steps = -(-targets(train) // per) if rows else len(batches)
     epoch, step, waited, best, figures, best_figures = 0, 0, 0, math.inf, {}, {}
     sums = torch.zeros(4)
-    if device.type == "cpu":
-        run.parts = -(-per // 8192)
     if resumed is not None:
         run.restore(*resumed, optimizer)
         epoch, step, waited, best, figures = resumed[1]["progress"]
@@ -1362,8 +1374,8 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         if rows:
             shares = torch.randperm(len(rows[0]), generator=generator).tensor_split(steps)
         else:
-            shares = [batches[k][rank()::world_size()] for k in
-                      torch.randperm(steps, generator=generator).tolist()]
+            shares = [[i for i in batches[k] if i in own]
+                      for k in torch.randperm(steps, generator=generator).tolist()]
         for share in tqdm(shares[step:], f"epoch {epoch + 1}", disable=quiet(), leave=False):
             count = len(share) if rows else targets([train[i] for i in share])
             count = int(global_sum(torch.tensor(count, device=device)))
@@ -1378,7 +1390,7 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
                              loss, batch, count)
             step, tokens = step + 1, tokens + count
             if step < steps:
-                run.safe_point(save, f"step {step} of {steps} in epoch {epoch + 1}", due=False)
+                run.safe_point(save, f"step {step} of {steps} in epoch {epoch + 1}")
         train_loss, accuracy, _ = (sums[:3] / sums[2]).tolist()
         val_loss, val_accuracy = evaluate(run, model, val)
         figures = dict(train_loss=train_loss, train_accuracy=accuracy, val_loss=val_loss,
@@ -1400,14 +1412,12 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             for path in by_loss[3:] if rank() == 0 else []:
                 path.unlink()
         over = epoch == config.epochs or 0 < config.patience <= waited
-        if over:
-            save()
         run.safe_point(save, f"epoch {epoch} of phase 2",
-                       0 < config.stop_after <= epoch - first and not over)
+                       0 < config.stop_after <= epoch - first and not over, over)
     return best_figures or figures
 
 # ------------------------------------------------------------------------------------------------
-# 8. Everything together
+# 9. Everything together
 
 def generate(model: NewLLM, text: str, max_new_tokens: int = 200, **how) -> str:
     """The model's answer to one message; `how` as in NewLLM.generate(), greedy if not given."""
@@ -1466,7 +1476,7 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
                      resumed if in_phase2 else None)
     if rank() == 0:
         model = load_model(best_checkpoint(out), str(run.device))[0]
-    some = all_states(run, model, train[:64])
+    some = all_states(run, model, train, range(min(64, len(train))))
     figures["effective_rank"] = effective_rank(model.contexts(torch.cat([*some.values()])))
     return model.eval(), figures | dict(tokens=sum(len(d.ids) for d in train))
 
@@ -1475,7 +1485,8 @@ def scaling(config: Config):
     points = []
     for size in config.scaling.split(","):
         say(f"\n=== {size} dialogues")
-        _, f = train_model(replace(config, samples=int(size), out=str(Path(config.out) / size)))
+        _, f = train_model(replace(config, samples=int(size), scaling="",
+                                    out=str(Path(config.out) / size)))
         points.append((int(size), f["tokens"], f["val_ppl"], f["val_accuracy"],
                        f["effective_rank"]))
     say("\ndialogues      tokens    val PPL  accuracy  effective rank")
@@ -1491,7 +1502,8 @@ def earlier_run(config: Config, asked: dict) -> tuple[Config, tuple[dict, dict]]
     """For --resume: the last checkpoint and its config, with what may change changed."""
     path = Path(config.out) / "last.safetensors"
     if not path.exists():
-        raise UserError(f"--resume: there is no {path}; train first, or name the folder with --out")
+        raise UserError(f"--resume: there is no {path}; train first, name its folder with --out, "
+                        f"or copy it from the first machine")
     tensors, notes = load_tensors(path)
     old = Config(**notes["config"])
     for name, value in asked.items():
@@ -1517,7 +1529,7 @@ def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
                                     timeout=timedelta(hours=3))
         changed = [f"{k} {v}" for k, v in asdict(config).items() if v != getattr(Config(), k)]
         say(f"settings other than the defaults: {', '.join(changed) or 'none'}")
-        if config.scaling:
+        if config.scaling and not config.show_data:
             return scaling(config)
         model, _ = train_model(config, resumed)
         if model is not None and rank() == 0:

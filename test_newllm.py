@@ -1001,7 +1001,12 @@ def benchmark(quick, device):
 # --- the comparison: python test_newllm.py --compare DATA.jsonl
 
 
-KINDS = ["New-LLM", "New-LLM untrained contexts", "New-LLM joint", "GRU", "Transformer"]
+KINDS = {  # what differs from New-LLM as it is: Phase 1, then Phase 2 on frozen contexts
+    "New-LLM": {}, "New-LLM untrained contexts": dict(iterations=0),
+    "New-LLM joint": dict(iterations=0, joint=True),
+    "GRU": dict(iterations=0, joint=True), "Transformer": dict(iterations=0, joint=True)}
+ABLATIONS = {"New-LLM Phase 1 then joint": dict(joint=True, learning_rate=5e-4),
+             "New-LLM original cell": dict(cell="original")}
 
 
 class Baseline(nn.Module):
@@ -1054,30 +1059,28 @@ def split_file(path, tokens):
 def train_one(kind, dropout, seed, parts, V, epochs, folder, device):
     """Train one model; the test loss of its best epoch on validation data, and what it took."""
     train, val, test = parts
-    joint = kind not in ("New-LLM", "New-LLM untrained contexts")
-    config = Config(context_dim=512, hidden_dim=512, dropout=dropout, joint=joint, seed=seed,
-                    epochs=epochs, iterations=8 if kind == "New-LLM" else 0, patience=2,
-                    out=str(folder / "out"), cache=str(folder / "cache"), embeddings="learned",
-                    device=device, dtype="float32", learning_rate=2e-3,
-                    embedding_rate=0.2, batch_tokens=2048, weight_decay=0.01)
+    config = Config(**newllm.SERIOUS | dict(
+        context_dim=512, hidden_dim=512, dropout=dropout, seed=seed, epochs=epochs, patience=2,
+        out=str(folder / "out"), cache=str(folder / "cache"), embeddings="learned", device=device,
+        dtype="float32") | (KINDS | ABLATIONS)[kind])
     for old in (folder / "out").glob("*"):
         old.unlink()
     torch.manual_seed(seed)
     model = (Baseline(kind, V, dropout) if kind in ("GRU", "Transformer") else
-             NewLLM(V, 256, 512, 512, 1, dropout=dropout,
-                    embeddings="shared" if joint else "separate"))
+             NewLLM(V, 256, 512, 512, 1, dropout=dropout, cell=config.cell,
+                    embeddings="shared" if config.joint else "separate"))
     run, start = newllm.Run(config), time.perf_counter()
     model.to(run.device)
-    states = {} if joint else newllm.phase1(run, model, train, val)
+    states = newllm.phase1(run, model, train, val) if config.iterations or not config.joint else {}
     log = []
     run.log = lambda phase, epoch, **f: log.append((epoch, f["val_loss"]))
-    newllm.phase2(run, model, train, val, states)
+    newllm.phase2(run, model, train, val, {} if config.joint else states)
     best = min((folder / "out").glob("epoch-*"), key=newllm.val_loss_of)
     model.load_state_dict(newllm.part_of(newllm.load_tensors(best, "model/")[0], "model"))
     loss, accuracy = newllm.evaluate(run, model, test)
     inside = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
     return dict(kind=kind, dropout=dropout, seed=seed, val=newllm.val_loss_of(best), test=loss,
-                accuracy=accuracy, epoch=int(best.name.split("-")[1]),
+                accuracy=accuracy, passes=config.iterations, epoch=int(best.name.split("-")[1]),
                 seconds=time.perf_counter() - start, parameters=inside, log=log)
 
 
@@ -1101,7 +1104,7 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot):
         test = torch.tensor([r["test"] for r in runs]).exp()
         state = dict(GRU=(600 * 4,) * 2, Transformer=(
             2 * 2 * 256 * 4 * 1000, 2 * 2 * 256 * 4 * 100_000)).get(kind, (512 * 4,) * 2)
-        passes = best["epoch"] + (8 if kind == "New-LLM" else 0)
+        passes = best["epoch"] + best["passes"]
         say(f"{kind:27s} | test PPL {test.mean():6.1f} (" + ", ".join(f"{v:.1f}" for v in test) +
             f") | accuracy {sum(r['accuracy'] for r in runs) / len(runs):.1%} | dropout "
             f"{best['dropout']}, epoch {best['epoch']}, at most {passes * count[0]:,} tokens seen "
@@ -1118,8 +1121,7 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         for kind, log, best in rows:
-            first = 8 if kind == "New-LLM" else 0
-            plt.plot([(e + first) * count[0] for e, _ in log],
+            plt.plot([(e + best["passes"]) * count[0] for e, _ in log],
                      [torch.tensor(v).exp() for _, v in log], "o-", label=kind)
         plt.xlabel("tokens seen, Phase 1 included")
         plt.ylabel("validation perplexity")
@@ -1142,7 +1144,8 @@ if __name__ == "__main__":
                         help="of Phase 2 and of the baselines, at most")
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--models", nargs="+", default=KINDS)
+    parser.add_argument("--models", nargs="+", choices=[*KINDS, *ABLATIONS],
+                        default=list(KINDS))
     parser.add_argument("--plot", metavar="FILE.png")
     options = parser.parse_args()
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REPO / "data"))
