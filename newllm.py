@@ -89,8 +89,8 @@ class Config:
     contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
     threshold: float = option(0.01, "a context that changes less, mean squared, has converged")
     # Phase 2
-    epochs: int = option(60, "passes over the data")
-    learning_rate: float = option(4e-3, "AdamW's peak learning rate in Phase 2")
+    epochs: int = option(80, "passes over the data")
+    learning_rate: float = option(8e-3, "AdamW's peak learning rate in Phase 2")
     embedding_rate: float = option(1.0, "share of it for learned embeddings; they overfit first")
     batch_tokens: int = option(64, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
