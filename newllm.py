@@ -1048,15 +1048,18 @@ class Run:
 # ------------------------------------------------------------------------------------------------
 # 7. Phase 1: learn the contexts of all tokens at once, without the 50,304-way softmax
 
+def by_length(dialogues: list[Dialogue], wanted) -> list[int]:
+    """The wanted indices, those of short dialogues first."""
+    return sorted(wanted, key=lambda i: len(dialogues[i].ids))
+
 def share_of(dialogues: list[Dialogue]) -> list[int]:
     """Indices of this process's dialogues, dealt out by length."""
-    order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids))
-    return order[rank()::world_size()]
+    return by_length(dialogues, range(len(dialogues)))[rank()::world_size()]
 
 def batches_of(dialogues: list[Dialogue], wanted, tokens: int) -> list[list[int]]:
     """The wanted indices, of dialogues of like length, at most `tokens` together (or one)."""
     batches = []
-    for i in sorted(wanted, key=lambda i: len(dialogues[i].ids)):
+    for i in by_length(dialogues, wanted):
         if not batches or (len(batches[-1]) + 1) * len(dialogues[i].ids) > tokens:
             batches.append([])
         batches[-1].append(i)
@@ -1264,7 +1267,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             phase=1, iteration=iteration, progress=[factor, best, waited, share]),
             f"iteration {iteration} of phase 1")
     report(run, model, train, share if config.iterations and states else 1.0)
-    states = cached_states(run, model, train)
+    states = {} if config.joint else cached_states(run, model, train)
     if resumed is None:
         save_tensors(path, dict(model=block, states=states), {})
     return states
@@ -1272,7 +1275,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
 @torch.no_grad()
 def report(run: Run, model: NewLLM, train: list[Dialogue], share: float):
     """Say whether the cache is what a chat will see, and warn of ways in which contexts fail."""
-    longest = sorted(range(len(train)), key=lambda i: len(train[i].ids))[-4:]
+    longest = by_length(train, range(len(train)))[-4:]
     walked, sweeps, states = [], 0, all_states(run, model, train, longest)
     cached = torch.cat([states[i] for i in longest])
     for i in longest:  # one dialogue at a time, as a chat reads it
