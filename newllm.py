@@ -15,6 +15,7 @@ The letters that the code and its comments use:
 
     B, T      dialogues in a batch, tokens in a dialogue
     V         vocabulary: GPT-2's 50,257 tokens + two for ChatML, padded to 50,304
+              (learned embeddings have rows for those only that the training text contains)
     E, C, H   embed_dim, context_dim, hidden_dim
     x         embedded, normalised tokens                  (B, T, E)
     u         what they add to the first hidden layer      (B, T, H)
@@ -110,13 +111,15 @@ class Config:
     scaling: str = option("", "sizes such as 50,100,200: train a model on each, fit a power law")
     tensorboard: str = option("", "folder for TensorBoard's logs")
 
-SERIOUS = dict(data="ultrachat", val_samples=100, dropout=0.3, iterations=8, epochs=10, patience=3,
-               learning_rate=2e-3, embedding_rate=0.2, batch_tokens=2048, weight_decay=0.01)
 PRESETS = {
     "small": {},  # the defaults: ten dialogues, learnt by heart
-    "medium": SERIOUS | dict(samples=100, num_layers=2, context_dim=256, hidden_dim=512),
-    "large": SERIOUS | dict(samples=1000, num_layers=4, context_dim=512, hidden_dim=1024,
-                            max_len=1024, batch_tokens=8192),
+    "medium": dict(  # by heart too: nothing else makes so few dialogues speak in whole sentences
+        data="ultrachat", samples=100, val_samples=100, num_layers=2, context_dim=256,
+        hidden_dim=512, iterations=8, epochs=30, learning_rate=3e-3, batch_tokens=512),
+    "large": dict(  # the best epoch on dialogues it has not seen
+        data="ultrachat", samples=1000, val_samples=100, max_len=1024, num_layers=4,
+        context_dim=512, hidden_dim=1024, dropout=0.1, iterations=8, epochs=10, patience=3,
+        learning_rate=2e-3, embedding_rate=0.2, batch_tokens=8192, weight_decay=0.01),
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "tensorboard"}
 PHASE_2_ONLY = MAY_CHANGE | {  # what Phase 1 does not depend on (the data's content it does)
@@ -583,8 +586,8 @@ class HeadLoss(torch.autograd.Function):
     """Sum of the cross entropies of h W^T, and how many were right, without the (N, V) logits.
 
     h (N, E), weight (V, E), targets (N,) -> loss (), correct (). Loss and gradient are computed
-    chunk by chunk of rows in two buffers of about 64 MiB; fresh large ones for each chunk would
-    cost more than the arithmetic. The idea is that of Liger Kernel's fused linear cross entropy
+    chunk by chunk of rows in one buffer of 64 MiB, on a CPU a few rows at a time, which stay in its
+    cache. The idea is that of Liger Kernel's fused linear cross entropy
     (https://arxiv.org/abs/2410.10989).
     """
 
@@ -592,26 +595,29 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, h, weight, targets, learning=True):
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        rows = max(1, 2 ** 24 // len(weight))
+        rows = max(1, 2 ** 26 // (len(weight) * dtype.itemsize))
+        few = max(16, 2 ** 20 // len(weight)) if kind == "cpu" else rows
         W, wants_weight = weight.to(dtype), learning and ctx.needs_input_grad[1]
-        scores = torch.empty(min(rows, len(h)), len(weight), device=h.device)
-        product = scores if dtype == torch.float32 else torch.empty_like(scores, dtype=dtype)
-        loss, correct = scores.new_zeros(()), torch.zeros((), dtype=torch.long, device=h.device)
+        scores = torch.empty(min(rows, len(h)), len(weight), dtype=dtype, device=h.device)
+        loss, correct = h.new_zeros((), dtype=torch.float32), targets.new_zeros(())
         grad_h, grad_W = torch.empty_like(h), torch.zeros_like(weight) if wants_weight else None
-        for h_part, y, grad_part in zip(h.split(rows), targets.split(rows), grad_h.split(rows)):
-            n, h_part = len(y), h_part.to(dtype)
-            z = scores[:n].copy_(torch.mm(h_part, W.t(), out=product[:n]))
-            correct += (z.argmax(-1) == y).sum()
-            torch.log_softmax(z, -1, out=z)
-            loss -= z.gather(1, y[:, None]).sum()
+        for h_part, y_part, grad in zip(h.split(rows), targets.split(rows), grad_h.split(rows)):
+            h_part = h_part.to(dtype)
+            g = torch.mm(h_part, W.t(), out=scores[:len(y_part)])
+            for g_few, y in zip(g.split(few), y_part.split(few)):
+                z = g_few.float()
+                correct += (z.argmax(-1) == y).sum()
+                torch.log_softmax(z, -1, out=z)
+                loss -= z.gather(1, y[:, None]).sum()
+                if learning:  # softmax minus one-hot is the gradient, and takes the scores' place
+                    z.exp_()[torch.arange(len(y), device=y.device), y] -= 1
+                    g_few.copy_(z)
             if learning:
-                z.exp_().scatter_add_(1, y[:, None], -torch.ones_like(y, dtype=z.dtype)[:, None])
-                g = product[:n].copy_(z)
-                grad_part.copy_(g @ W)
-                if wants_weight and dtype == weight.dtype:
-                    grad_W.addmm_(g.t(), h_part)
-                elif wants_weight:  # sums of bfloat16 products stay in float32
-                    grad_W += g.t() @ h_part
+                grad.copy_(g @ W)
+            if wants_weight and dtype == weight.dtype:
+                grad_W.addmm_(g.t(), h_part)
+            elif wants_weight:  # sums of bfloat16 products stay in float32
+                grad_W += g.t() @ h_part
         ctx.save_for_backward(grad_h, grad_W)
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -632,34 +638,51 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     embeddings: "shared" by both blocks; "frozen", GPT-2's, shared and not trained; "separate", the
     context block reads a table of its own, which frozen contexts need where embeddings are learned,
     for Phase 2 goes on learning those of the head.
+
+    known: how many tokens have a row in the tables, as know() decides; 0: all of them. All others
+    read as zeros, and share the probability `unseen`.
     """
 
     def __init__(self, vocab_size: int = VOCAB, embed_dim: int = 256, context_dim: int = 128,
                  hidden_dim: int = 256, num_layers: int = 1, token_input_all_layers: bool = False,
                  dropout: float = 0.0, cell: str = "gated", solver: str = "auto", tol: float = 5e-5,
-                 max_sweeps: int = 30, embeddings: str = "shared"):
+                 max_sweeps: int = 30, embeddings: str = "shared", known: int = 0):
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         V, E, C, H = vocab_size, embed_dim, context_dim, hidden_dim
         self.solver, self.tol, self.max_sweeps, self.sweeps = solver, tol, max_sweeps, 0
-        self.embed = nn.Embedding(V, E).requires_grad_(embeddings != "frozen")
-        self.context_embed = nn.Embedding(V, E) if embeddings == "separate" else None
+        self.known, size = known or V, (known + 1, E, known) if known else (V, E)
+        self.embed = nn.Embedding(*size).requires_grad_(embeddings != "frozen")
+        self.context_embed = nn.Embedding(*size) if embeddings == "separate" else None
         for table in filter(None, (self.embed, self.context_embed)):
-            nn.init.normal_(table.weight, std=0.02)
+            nn.init.normal_(table.weight[:self.known], std=0.02)
+        self.register_buffer("row_of", torch.arange(V).clamp(max=self.known))
+        self.register_buffer("unseen", torch.zeros(()))
         self.cell = Cell(E, C, H, num_layers, token_input_all_layers, cell)
         self.again = E if token_input_all_layers else 0
         inputs = [E + C] + [H + self.again] * (num_layers - 1)
         self.hidden = nn.ModuleList(nn.Linear(width, H) for width in inputs)
         self.out, self.norm, self.dropout = nn.Linear(H, E), nn.LayerNorm(E), nn.Dropout(dropout)
 
+    def know(self, text: Tensor):
+        """The tokens of the text, ids (N,), get the rows; the others the probability that its next
+        token is a new one, estimated by the share of tokens that occur once (Good 1953)."""
+        count = torch.bincount(text, minlength=len(self.row_of))
+        there = count.nonzero()[:, 0]
+        self.row_of.fill_(self.known)[there] = torch.arange(len(there))
+        self.unseen.fill_((count == 1).sum().clamp(min=1) / len(text))
+
     def context_table(self) -> nn.Embedding:
         """The embeddings that the context block reads."""
         return self.context_embed or self.embed
 
+    def embedded(self, table: nn.Embedding, ids: Tensor) -> Tensor:
+        """x: ids (...) -> (..., E), normalised."""
+        return F.layer_norm(table(self.row_of[ids]), (table.embedding_dim,))
+
     def token_share(self, input_ids: Tensor) -> Tensor:
         """u: what the tokens (B, T) add to the context block's first layer; no recurrence in it."""
-        x = self.context_table()(input_ids)
-        return self.cell.token_in(F.layer_norm(x, x.shape[-1:]))
+        return self.cell.token_in(self.embedded(self.context_table(), input_ids))
 
     def contexts(self, states: Tensor) -> Tensor:
         """c = LayerNorm(s): states (..., C) -> contexts (..., C) of zero mean and unit variance."""
@@ -692,12 +715,34 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
         h = LayerNorm(x + FNN([x, c])), with dropout in between and after
         """
-        x = F.layer_norm(self.embed(input_ids), self.embed.weight.shape[1:])
+        x = self.embedded(self.embed, input_ids)
         a = torch.cat((x, self.contexts(states)), dim=-1)
         for k, layer in enumerate(self.hidden):
             a = torch.cat((a, x), dim=-1) if k and self.again else a
             a = self.dropout(F.silu(layer(a)))
         return self.dropout(self.norm(x + self.out(a).float()))
+
+    def unknown(self) -> tuple[Tensor, Tensor]:
+        """What a token without a row costs in log-probability, and what it costs the others."""
+        return (self.unseen / (len(self.row_of) - self.known)).log(), torch.log1p(-self.unseen)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """The output head: h (..., E) -> (..., V); log-probabilities if some tokens have no row."""
+        z = F.linear(h, self.embed.weight[:self.known])
+        if self.known == len(self.row_of):
+            return z
+        (rest, share), z = self.unknown(), z.float().log_softmax(-1)
+        return torch.cat((z + share, rest.expand(*z.shape[:-1], 1)), -1)[..., self.row_of]
+
+    def cross_entropy(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """That of logits(h) for h (N, E) and tokens y (N,), summed, and how many were right."""
+        y, fixed = self.row_of[y], 0.0
+        if self.known < len(self.row_of):
+            (rest, share), there = self.unknown(), y < self.known
+            fixed, h, y = rest * (~there).sum() + share * there.sum(), h[there], y[there]
+        loss, correct = HeadLoss.apply(h, self.embed.weight[:self.known], y,
+                                       torch.is_grad_enabled())
+        return loss - fixed, correct
 
     def forward(self, input_ids: Tensor, labels: Optional[Tensor] = None,
                 state: Optional[Tensor] = None) -> Output:
@@ -709,17 +754,16 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         states = self.states(input_ids, state)
         h = self.hidden_states(input_ids, states)
         if labels is None:
-            return Output(None, F.linear(h, self.embed.weight), states[:, -1])
+            return Output(None, self.logits(h), states[:, -1])
         rows = labels[:, 1:] != -100
-        loss, _ = HeadLoss.apply(h[:, :-1][rows], self.embed.weight, labels[:, 1:][rows],
-                                 torch.is_grad_enabled())
+        loss, _ = self.cross_entropy(h[:, :-1][rows], labels[:, 1:][rows])
         return Output(loss / rows.sum().clamp(min=1), None, states[:, -1])
 
     def scores(self, last_ids: Tensor, state: Tensor) -> Tensor:
-        """Logits (B, V) of the token after last_ids (B,); padding of the vocabulary excluded."""
-        scores = F.linear(self.hidden_states(last_ids, state), self.embed.weight).float()
+        """Logits (B, V) of the token after last_ids (B,), of tokens that the model can say."""
+        scores = self.logits(self.hidden_states(last_ids, state)).float()
         scores[:, VOCAB_USED:] = -math.inf
-        return scores
+        return scores.masked_fill(self.row_of == self.known, -math.inf)
 
     @torch.no_grad()
     def stream(self, input_ids: Tensor, max_new_tokens: int = 100, do_sample: bool = False,
@@ -805,8 +849,9 @@ def sample(scores: Tensor, temperature: float, top_k: int, top_p: float) -> Tens
         scores = scores.scatter(1, index, ordered)
     return torch.multinomial(scores.softmax(-1), 1)[:, 0]
 
-def make_model(config: Config) -> NewLLM:
+def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
     """A fresh model with the embeddings that --embeddings asks for, or UserError."""
+    text = torch.cat([torch.tensor([IM_START, IM_END]), *(d.ids for d in train)]).long()
     table, name, path = None, config.embeddings, Path(config.cache) / "gpt2-wte.safetensors"
     if name in ("auto", "gpt2"):
         try:
@@ -815,8 +860,8 @@ def make_model(config: Config) -> NewLLM:
             if name == "gpt2":
                 raise
             say(f"embeddings: {e}; learned instead (E = {config.embed_dim}), which costs "
-                f"{VOCAB * config.embed_dim / 1e6:.1f}M more trained parameters and all that "
-                f"GPT-2 knows")
+                f"{len(text.unique()) * config.embed_dim / 1e6:.1f}M more trained parameters and "
+                f"all that GPT-2 knows; words that the training text lacks stay unknown")
     elif name != "learned":
         table = read_embeddings(Path(name))
     torch.manual_seed(config.seed)
@@ -824,7 +869,10 @@ def make_model(config: Config) -> NewLLM:
         "embed_dim", "context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout",
         "cell", "solver", "tol", "max_sweeps")}
     if table is None:
-        return NewLLM(**settings, embeddings="shared" if config.joint else "separate")
+        model = NewLLM(**settings, embeddings="shared" if config.joint else "separate",
+                       known=len(text.unique()))
+        model.know(text)
+        return model
     model = NewLLM(**settings | dict(embed_dim=table.shape[1]), embeddings="frozen")
     nn.init.normal_(model.embed.weight, std=table.std().item())  # ChatML's rows stay like that
     model.embed.weight.data[:len(table)] = table
@@ -1129,9 +1177,9 @@ class ContextLoss(nn.Module):
         uniformity (Wang & Isola 2020): uniformity is diversity, but spent on what tells tokens.
         """
         table, after = self.model.context_table(), real[:, 1:]
-        x = F.layer_norm(table(ids), (table.embedding_dim,))
+        x, y = self.model.embedded(table, ids), self.model.row_of[ids[:, 1:][after]]
         q = F.normalize(self.query(torch.cat((x, c), dim=-1)[:, :-1][after]), dim=-1)
-        y = ids[:, 1:][after]
+        negatives = self.model.row_of[negatives]
         right = (q * F.normalize(table(y), dim=-1)).sum(-1, keepdim=True)
         wrong = q @ F.normalize(table(negatives), dim=-1).T
         wrong = wrong.masked_fill(y[:, None] == negatives, -math.inf)
@@ -1313,8 +1361,7 @@ def word_loss(model: NewLLM, ids: Tensor, y: Tensor, states: Optional[Tensor] = 
             states = model.states(ids)
         rows = y[:, 1:]
         ids, y, states = ids[:, :-1][rows], ids[:, 1:][rows], states[:, :-1][rows]
-    loss, correct = HeadLoss.apply(model.hidden_states(ids, states), model.embed.weight, y,
-                                   torch.is_grad_enabled())
+    loss, correct = model.cross_entropy(model.hidden_states(ids, states), y)
     return loss, correct, correct.new_tensor(len(y))
 
 def rows_of(dialogues: list[Dialogue], states: dict[int, Tensor]) -> tuple[Tensor, ...]:
@@ -1455,7 +1502,7 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
     run = Run(config)
     if resumed is None:
         with first_on_its_machine():
-            model = make_model(config)
+            model = make_model(config, train)
         if (old := [*out.glob("*.safetensors")]) and rank() == 0:
             shelf = out / time.strftime("before-%Y%m%d-%H%M%S")
             shelf.mkdir()
@@ -1489,8 +1536,9 @@ def scaling(config: Config):
     points = []
     for size in config.scaling.split(","):
         say(f"\n=== {size} dialogues")
-        _, f = train_model(replace(config, samples=int(size), scaling="",
-                                    out=str(Path(config.out) / size)))
+        _, f = train_model(replace(  # each model's figures are those of its best epoch
+            config, samples=int(size), scaling="", out=str(Path(config.out) / size),
+            patience=config.patience or config.epochs))
         points.append((int(size), f["tokens"], f["val_ppl"], f["val_accuracy"],
                        f["effective_rank"]))
     say("\ndialogues      tokens    val PPL  accuracy  effective rank")

@@ -181,6 +181,20 @@ def test_the_output_head_gives_loss_and_gradients_of_cross_entropy_without_makin
             torch.allclose(found[1], W.grad, atol=1e-4))
 
 
+def test_words_that_the_training_text_lacks_share_one_probability_and_are_never_said():
+    model, text = tiny(known=5), torch.tensor([3, 7, 7, 150, 9, 9, 20, 7])  # three occur once
+    model.know(text)
+    ids = torch.tensor([[7, 9, 3, 199, 7, 44]])
+    logits = model(ids).logits
+    p = logits.softmax(-1)
+    new = [i for i in range(200) if i not in text.tolist()]
+    assert torch.allclose(p.sum(-1), torch.ones(1, 6)) and p.shape == (1, 6, 200)
+    assert torch.allclose(p[..., new].sum(-1), torch.full((1, 6), 3 / 8))
+    wanted = F.cross_entropy(logits[0, :-1], ids[0, 1:])
+    assert abs(model(ids, labels=ids).loss - wanted) < 1e-5
+    assert set(model.generate(ids, 20, do_sample=True)[0, 6:].tolist()) <= set(text.tolist())
+
+
 def test_labels_mean_what_they_mean_to_hugging_face():
     model, ids = tiny(), torch.randint(0, 200, (3, 40))
     labels = ids.masked_fill(torch.rand(3, 40) < 0.5, -100)
@@ -573,7 +587,7 @@ def test_tensors_of_a_wrong_name_or_shape_are_refused_and_the_true_shape_is_take
     save_file({"transformer.wte.weight": table}, "good.safetensors")
     assert "has no tensor wte.weight" in run_newllm("--embeddings", "name.safetensors", code=2)
     assert "(4, 768)" in run_newllm("--embeddings", "shape.safetensors", code=2)
-    model = newllm.make_model(newllm.parse(["--embeddings", "good.safetensors"])[0])
+    model = newllm.make_model(newllm.parse(["--embeddings", "good.safetensors"])[0], [])
     assert torch.equal(model.embed.weight[:50257], table) and not model.embed.weight.requires_grad
     assert model.context_embed is None
 
@@ -687,13 +701,13 @@ def test_only_the_bytes_of_gpt2s_embeddings_are_downloaded_and_only_once():
     save_file({"h.0.weight": torch.zeros(10_000_000), "wte.weight": table, "z": torch.ones(9)},
               "gpt2.safetensors")
     code = ("import newllm, torch; c = newllm.parse(['--embeddings', 'gpt2'])[0]; "
-            "m = newllm.make_model(c);assert m.embed.weight[50256, 767] == "
+            "m = newllm.make_model(c, []);assert m.embed.weight[50256, 767] == "
             "torch.tensor(50257 * 768 - 1.) / 1e7; print('right')")
     with hub({"model.safetensors": Path("gpt2.safetensors").read_bytes()}) as endpoint:
         done, _ = in_new_process(code, endpoint)
         assert done.stdout == "right\n", done.stderr
         assert table.nbytes <= sum(Hub.asked) < 1.1 * table.nbytes
-    again = newllm.make_model(newllm.parse(["--embeddings", "gpt2"])[0])  # the server is gone
+    again = newllm.make_model(newllm.parse(["--embeddings", "gpt2"])[0], [])  # the server is gone
     assert torch.equal(again.embed.weight[:50257], table)
 
 
@@ -1024,7 +1038,8 @@ class Baseline(nn.Module):
     def __init__(self, kind, vocab_size, dropout, E=256, state=600, max_len=512):
         super().__init__()
         self.kind, self.context_embed, self.dropout = kind, None, nn.Dropout(dropout)
-        self.settings = dict(kind=kind)
+        self.settings, self.known = dict(kind=kind), vocab_size
+        self.register_buffer("row_of", torch.arange(vocab_size))
         self.embed = nn.Embedding(vocab_size, E)
         nn.init.normal_(self.embed.weight, std=0.02)
         if kind == "GRU":
@@ -1050,6 +1065,8 @@ class Baseline(nn.Module):
     def hidden_states(self, ids, states):
         return self.dropout(self.norm(self.out(self.dropout(states))))
 
+    cross_entropy = NewLLM.cross_entropy
+
 
 def split_file(path, tokens):
     """Training dialogues, about `tokens` tokens; others to choose with; others to report on; V."""
@@ -1068,10 +1085,10 @@ def split_file(path, tokens):
 def train_one(kind, dropout, seed, parts, V, epochs, folder, device):
     """Train one model; the test loss of its best epoch on validation data, and what it took."""
     train, val, test = parts
-    config = Config(**newllm.SERIOUS | dict(
-        context_dim=512, hidden_dim=512, dropout=dropout, seed=seed, epochs=epochs, patience=2,
-        out=str(folder / "out"), cache=str(folder / "cache"), embeddings="learned", device=device,
-        dtype="float32") | (KINDS | ABLATIONS)[kind])
+    config = Config(**newllm.PRESETS["large"] | dict(
+        num_layers=1, hidden_dim=512, max_len=512, batch_tokens=2048, dropout=dropout, seed=seed,
+        epochs=epochs, patience=2, out=str(folder / "out"), cache=str(folder / "cache"),
+        embeddings="learned", device=device, dtype="float32") | (KINDS | ABLATIONS)[kind])
     for old in (folder / "out").glob("*"):
         old.unlink()
     torch.manual_seed(seed)
