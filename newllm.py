@@ -87,6 +87,7 @@ class Config:
     phase1_batch_tokens: int = option(4096, "tokens per optimizer step, in whole dialogues")
     diversity: str = option("contrast", "what spreads contexts", ("contrast", "logdet", "norm"))
     diversity_weight: float = option(0.9, "w, 0 to 1, in (1 - w) change + w diversity", least=0)
+    contrast_on: str = option("answers", "next words to tell apart", ("answers", "everything"))
     negatives: int = option(1023, "wrong next tokens to tell the right one from")
     contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
     threshold: float = option(0.01, "a context that changes less, mean squared, has converged")
@@ -115,11 +116,12 @@ PRESETS = {
     "small": {},  # the defaults: ten dialogues, learnt by heart
     "medium": dict(  # by heart too: nothing else makes so few dialogues speak in whole sentences
         data="ultrachat", samples=100, val_samples=100, num_layers=2, context_dim=256,
-        hidden_dim=512, iterations=8, epochs=30, learning_rate=3e-3, batch_tokens=512),
+        hidden_dim=512, iterations=8, epochs=40, learning_rate=3e-3, batch_tokens=512),
     "large": dict(  # the best epoch on dialogues it has not seen
         data="ultrachat", samples=1000, val_samples=100, max_len=1024, num_layers=4,
         context_dim=512, hidden_dim=1024, dropout=0.1, iterations=8, epochs=10, patience=3,
-        learning_rate=2e-3, embedding_rate=0.2, batch_tokens=8192, weight_decay=0.01),
+        contrast_on="everything", learning_rate=2e-3, embedding_rate=0.2, batch_tokens=8192,
+        weight_decay=0.01),
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "tensorboard"}
 PHASE_2_ONLY = MAY_CHANGE | {  # what Phase 1 does not depend on (the data's content it does)
@@ -1170,13 +1172,20 @@ class ContextLoss(nn.Module):
         E, C, H = model.embed.embedding_dim, config.context_dim, config.hidden_dim
         self.query = nn.Sequential(nn.Linear(E + C, H), nn.SiLU(), nn.Linear(H, E))
 
-    def contrast(self, ids: Tensor, real: Tensor, c: Tensor, negatives: Tensor) -> Tensor:
+    def told(self, d: Dialogue) -> Tensor:
+        """The tokens (M,) of a dialogue that the contrast is to tell from others."""
+        return d.ids[1:] if self.config.contrast_on == "everything" else d.ids[1:][d.mask[1:]]
+
+    def contrast(self, ids: Tensor, mask: Tensor, real: Tensor, c: Tensor, negatives: Tensor
+                 ) -> Tensor:
         """InfoNCE (van den Oord et al. 2018), summed: which token comes next, among wrong ones?
 
-        ids, real (B, T), c (B, T, C), negatives (M,) token ids. A contrastive loss is alignment +
-        uniformity (Wang & Isola 2020): uniformity is diversity, but spent on what tells tokens.
+        ids, mask, real (B, T) as from collate(), c (B, T, C), negatives (M,) token ids. A
+        contrastive loss is alignment + uniformity (Wang & Isola 2020): uniformity is diversity,
+        but spent on what tells tokens.
         """
-        table, after = self.model.context_table(), real[:, 1:]
+        table = self.model.context_table()
+        after = (real if self.config.contrast_on == "everything" else mask)[:, 1:]
         x, y = self.model.embedded(table, ids), self.model.row_of[ids[:, 1:][after]]
         q = F.normalize(self.query(torch.cat((x, c), dim=-1)[:, :-1][after]), dim=-1)
         negatives = self.model.row_of[negatives]
@@ -1186,36 +1195,37 @@ class ContextLoss(nn.Module):
         scores = torch.cat((right, wrong), 1) / self.config.contrast_temperature
         return F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
 
-    def forward(self, numbers: list[int], ids: Tensor, real: Tensor, previous: Optional[Tensor],
-                negatives: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For some dialogues of a batch of `count` tokens: their share of the loss, of CVFP, of the
-        diversity, and how many tokens converged. previous (B, T, C): the last iteration's states.
+    def forward(self, numbers: list[int], ids: Tensor, mask: Tensor, real: Tensor,
+                previous: Optional[Tensor], negatives: Tensor, tokens: int, told: int
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For some dialogues of a batch of so many `tokens`, of which so many are to be `told`:
+        their share of the loss, sums of changes and of the diversity, and how many tokens
+        converged. previous (B, T, C): the last iteration's states.
         """
         states, w = self.model.states(ids, guess=previous), self.config.diversity_weight
         self.found |= {i: s[r].detach() for i, s, r in zip(numbers, states, real)}
-        c, change = self.model.contexts(states), states.new_full((1,), math.inf)
+        c, change, converged = self.model.contexts(states), states.new_zeros(1), real.new_zeros(1)
         if previous is not None:
             change = (c - self.model.contexts(previous))[real].pow(2).mean(-1)
-        cvfp = change.sum() / count if previous is not None else change.new_zeros(())
+            converged = change < self.config.threshold
         if self.config.diversity == "contrast":
-            diversity = shown = self.contrast(ids, real, c, negatives) / count
+            diversity = shown = self.contrast(ids, mask, real, c, negatives)
         else:  # one figure for all processes, and for all parts of the batch by their size
             diversity = dict(norm=norm, logdet=logdet)[self.config.diversity](c[real])
-            diversity = diversity * global_sum(real.sum()) / count
+            diversity = diversity * global_sum(real.sum())
             shown = diversity / world_size()
-        return ((1 - w) * cvfp + w * diversity, cvfp, shown,
-                (change < self.config.threshold).sum())
+        loss = (1 - w) * change.sum() / tokens + w * diversity / told
+        return loss, change.sum(), shown, converged.sum()
 
     @torch.no_grad()
     def held_out(self, run: Run, val: list[Dialogue]) -> float:
         """The contrast per token of dialogues not trained on, against fixed negatives."""
-        follows = torch.cat([d.ids[1:] for d in val]).sort().values.long().to(run.device)
+        follows = torch.cat([self.told(d) for d in val]).sort().values.long().to(run.device)
         negatives = follows[torch.linspace(0, len(follows) - 1, self.config.negatives).long()]
         total = torch.zeros((), device=run.device)
         for i, s in all_states(run, self.model, val, share_of(val)).items():
-            ids, _, real = collate(val, [i], run.device)
             c = self.model.contexts(s[None].to(run.device))
-            total += self.contrast(ids, real, c, negatives)
+            total += self.contrast(*collate(val, [i], run.device), c, negatives)
         return global_sum(total).item() / len(follows)
 
 def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
@@ -1275,21 +1285,22 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(),
                                         leave=False)):
             mine, loss.found = [i for i in batches[k] if i in own], {}
-            after = torch.cat([train[i].ids[1:] for i in batches[k]]).long()
+            after = torch.cat([loss.told(train[i]) for i in batches[k]]).long()
             chosen = torch.randperm(len(after), generator=generator)[:config.negatives]
-            count = len(after) + (0 if contrasts else len(batches[k]))
+            tokens = sum(len(train[i].ids) for i in batches[k])
+            told = len(after) if contrasts else tokens
 
             def batch(parts):
                 for some in filter(None, (mine[j::parts] for j in range(parts))):
-                    ids, _, real = collate(train, some, device)
-                    yield (some, ids, real, pad([states[i] for i in some], device) if states
-                           else None, after[chosen].to(device), count)
+                    yield (some, *collate(train, some, device),
+                           pad([states[i] for i in some], device) if states else None,
+                           after[chosen].to(device), tokens, told)
             done = (iteration - 1) * len(batches) + number
-            sums += torch.tensor([0, count, count, 1]) * run.step(
-                optimizer, factor * config.phase1_learning_rate,
-                done / (config.iterations * len(batches)), done, loss, batch, 1)
+            sums += run.step(optimizer, factor * config.phase1_learning_rate,
+                             done / (config.iterations * len(batches)), done, loss, batch, 1)
             states |= {i: s.cpu() for i, s in loss.found.items() if states}
-        cvfp, diversity, share = (sums[1:] / total).tolist()
+        all_told = sum(len(loss.told(d)) for d in train) if contrasts else total
+        cvfp, diversity, share = (sums[1:] / torch.tensor([total, all_told, total])).tolist()
         held_out, sweeps = loss.held_out(run, val) if contrasts else diversity, model.sweeps
         some = states or all_states(run, model, train, range(min(64, len(train))))
         erank = effective_rank(model.contexts(torch.cat([*some.values()][:256])))
