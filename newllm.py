@@ -116,7 +116,7 @@ PRESETS = {
     "small": {},  # the defaults: ten dialogues, learnt by heart
     "medium": dict(  # by heart too: nothing else makes so few dialogues speak in whole sentences
         data="ultrachat", samples=100, val_samples=100, num_layers=2, context_dim=256,
-        hidden_dim=512, iterations=8, epochs=40, learning_rate=3e-3, batch_tokens=512),
+        hidden_dim=512, iterations=8, epochs=60, learning_rate=3e-3, batch_tokens=512),
     "large": dict(  # the best epoch on dialogues it has not seen
         data="ultrachat", samples=1000, val_samples=100, max_len=1024, num_layers=4,
         context_dim=512, hidden_dim=1024, dropout=0.1, iterations=8, epochs=10, patience=3,
@@ -588,8 +588,8 @@ class HeadLoss(torch.autograd.Function):
     """Sum of the cross entropies of h W^T, and how many were right, without the (N, V) logits.
 
     h (N, E), weight (V, E), targets (N,) -> loss (), correct (). Loss and gradient are computed
-    chunk by chunk of rows in one buffer of 64 MiB, on a CPU a few rows at a time, which stay in its
-    cache. The idea is that of Liger Kernel's fused linear cross entropy
+    chunk by chunk of rows in one buffer, at most 64 MiB, on a CPU a few rows at a time, which stay
+    in its cache. The idea is that of Liger Kernel's fused linear cross entropy
     (https://arxiv.org/abs/2410.10989).
     """
 
@@ -597,7 +597,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, h, weight, targets, learning=True):
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        rows = max(1, 2 ** 26 // (len(weight) * dtype.itemsize))
+        rows = max(1, 2 ** 24 // len(weight))
         few = max(16, 2 ** 20 // len(weight)) if kind == "cpu" else rows
         W, wants_weight = weight.to(dtype), learning and ctx.needs_input_grad[1]
         scores = torch.empty(min(rows, len(h)), len(weight), dtype=dtype, device=h.device)
@@ -641,8 +641,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     context block reads a table of its own, which frozen contexts need where embeddings are learned,
     for Phase 2 goes on learning those of the head.
 
-    known: how many tokens have a row in the tables, as know() decides; 0: all of them. All others
-    read as zeros, and share the probability `unseen`.
+    known: how many tokens have a row in the tables; 0: all of them. know() says which. The others
+    read as zeros, are never said, and share the probability `unseen` in evaluation.
     """
 
     def __init__(self, vocab_size: int = VOCAB, embed_dim: int = 256, context_dim: int = 128,
@@ -659,20 +659,21 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         for table in filter(None, (self.embed, self.context_embed)):
             nn.init.normal_(table.weight[:self.known], std=0.02)
         self.register_buffer("row_of", torch.arange(V).clamp(max=self.known))
-        self.register_buffer("unseen", torch.zeros(()))
+        self.register_buffer("unseen", torch.tensor(0.01))
         self.cell = Cell(E, C, H, num_layers, token_input_all_layers, cell)
         self.again = E if token_input_all_layers else 0
         inputs = [E + C] + [H + self.again] * (num_layers - 1)
         self.hidden = nn.ModuleList(nn.Linear(width, H) for width in inputs)
         self.out, self.norm, self.dropout = nn.Linear(H, E), nn.LayerNorm(E), nn.Dropout(dropout)
 
-    def know(self, text: Tensor):
-        """The tokens of the text, ids (N,), get the rows; the others the probability that its next
-        token is a new one, estimated by the share of tokens that occur once (Good 1953)."""
-        count = torch.bincount(text, minlength=len(self.row_of))
-        there = count.nonzero()[:, 0]
-        self.row_of.fill_(self.known)[there] = torch.arange(len(there))
-        self.unseen.fill_((count == 1).sum().clamp(min=1) / len(text))
+    def know(self, text: Tensor, spoken: Tensor):
+        """The `known` different tokens of the text, ids (N,), get the rows. The others get the
+        probability that the next token is a new one, estimated by the share of tokens that occur
+        once (Good 1953) in what is spoken, ids (M,)."""
+        there = text.unique()
+        self.row_of.fill_(self.known)[there] = torch.arange(self.known, device=there.device)
+        once = (torch.bincount(spoken) == 1).sum().clamp(min=1)
+        self.unseen.fill_(once / (len(spoken) + 1))
 
     def context_table(self) -> nn.Embedding:
         """The embeddings that the context block reads."""
@@ -724,27 +725,30 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             a = self.dropout(F.silu(layer(a)))
         return self.dropout(self.norm(x + self.out(a).float()))
 
-    def unknown(self) -> tuple[Tensor, Tensor]:
-        """What a token without a row costs in log-probability, and what it costs the others."""
-        return (self.unseen / (len(self.row_of) - self.known)).log(), torch.log1p(-self.unseen)
-
     def logits(self, h: Tensor) -> Tensor:
-        """The output head: h (..., E) -> (..., V); log-probabilities if some tokens have no row."""
+        """The output head: h (..., E) -> (..., V)."""
         z = F.linear(h, self.embed.weight[:self.known])
         if self.known == len(self.row_of):
             return z
-        (rest, share), z = self.unknown(), z.float().log_softmax(-1)
-        return torch.cat((z + share, rest.expand(*z.shape[:-1], 1)), -1)[..., self.row_of]
+        each = self.unseen / (1 - self.unseen) / (len(self.row_of) - self.known)
+        z = torch.cat((z, torch.logsumexp(z.float(), -1, keepdim=True) + each.log()), -1)
+        return z[..., self.row_of]
 
     def cross_entropy(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """That of logits(h) for h (N, E) and tokens y (N,), summed, and how many were right."""
-        y, fixed = self.row_of[y], 0.0
+        """That of logits(h) for h (N, E) and tokens y (N,), summed, and how many were right.
+
+        In training, where no token is unknown, they are not charged for what the unknown get.
+        """
+        y, more = self.row_of[y], 0.0
         if self.known < len(self.row_of):
-            (rest, share), there = self.unknown(), y < self.known
-            fixed, h, y = rest * (~there).sum() + share * there.sum(), h[there], y[there]
+            there, others = y < self.known, len(self.row_of) - self.known
+            h, y = h[there], y[there]
+            if not self.training:
+                more = -((~there).sum() * (self.unseen / others).log() +
+                         there.sum() * torch.log1p(-self.unseen))
         loss, correct = HeadLoss.apply(h, self.embed.weight[:self.known], y,
                                        torch.is_grad_enabled())
-        return loss - fixed, correct
+        return loss + more, correct
 
     def forward(self, input_ids: Tensor, labels: Optional[Tensor] = None,
                 state: Optional[Tensor] = None) -> Output:
@@ -854,6 +858,7 @@ def sample(scores: Tensor, temperature: float, top_k: int, top_p: float) -> Tens
 def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
     """A fresh model with the embeddings that --embeddings asks for, or UserError."""
     text = torch.cat([torch.tensor([IM_START, IM_END]), *(d.ids for d in train)]).long()
+    spoken = torch.cat([text[:0], *(d.ids[d.mask] for d in train)])
     table, name, path = None, config.embeddings, Path(config.cache) / "gpt2-wte.safetensors"
     if name in ("auto", "gpt2"):
         try:
@@ -862,8 +867,8 @@ def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
             if name == "gpt2":
                 raise
             say(f"embeddings: {e}; learned instead (E = {config.embed_dim}), which costs "
-                f"{len(text.unique()) * config.embed_dim / 1e6:.1f}M more trained parameters and "
-                f"all that GPT-2 knows; words that the training text lacks stay unknown")
+                f"{len(text.unique()) * config.embed_dim / 1e6:.1f}M trained parameters a table "
+                f"and all that GPT-2 knows; words that the training text lacks stay unknown")
     elif name != "learned":
         table = read_embeddings(Path(name))
     torch.manual_seed(config.seed)
@@ -873,7 +878,7 @@ def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
     if table is None:
         model = NewLLM(**settings, embeddings="shared" if config.joint else "separate",
                        known=len(text.unique()))
-        model.know(text)
+        model.know(text, spoken)
         return model
     model = NewLLM(**settings | dict(embed_dim=table.shape[1]), embeddings="frozen")
     nn.init.normal_(model.embed.weight, std=table.std().item())  # ChatML's rows stay like that
@@ -929,12 +934,20 @@ def best_checkpoint(folder: Path) -> Optional[Path]:
         return last
     return best[0] if best else None
 
+def model_of(tensors: dict[str, Tensor], notes: dict, path: Path) -> NewLLM:
+    """The model of a checkpoint. Raises UserError if another version of this file wrote it."""
+    try:
+        model = NewLLM(**notes["model"])
+        model.load_state_dict(part_of(tensors, "model"))
+        return model
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise UserError(f"{path} is of another version of New-LLM ({cause(e)}); train "
+                        f"anew") from None
+
 def load_model(path: Path, device: str = "cpu") -> tuple[NewLLM, dict]:
     """The model of a checkpoint, ready to chat, and the checkpoint's notes."""
     tensors, notes = load_tensors(path, "model/")
-    model = NewLLM(**notes["model"])
-    model.load_state_dict(part_of(tensors, "model"))
-    return model.to(device).eval(), notes
+    return model_of(tensors, notes, path).to(device).eval(), notes
 
 def pick_device(name: str) -> torch.device:
     """cuda > mps > cpu, or what the user says. Raises UserError for a device that is not there."""
@@ -1096,7 +1109,7 @@ class Run:
         self.parts = notes["parts"]
 
 # ------------------------------------------------------------------------------------------------
-# 7. Phase 1: learn the contexts of all tokens at once, without the 50,304-way softmax
+# 7. Phase 1: learn the contexts of all tokens at once, without a softmax over the vocabulary
 
 def by_length(dialogues: list[Dialogue], wanted) -> list[int]:
     """The wanted indices, those of short dialogues first."""
@@ -1186,6 +1199,7 @@ class ContextLoss(nn.Module):
         """
         table = self.model.context_table()
         after = (real if self.config.contrast_on == "everything" else mask)[:, 1:]
+        after = after & (self.model.row_of[ids[:, 1:]] < self.model.known)
         x, y = self.model.embedded(table, ids), self.model.row_of[ids[:, 1:][after]]
         q = F.normalize(self.query(torch.cat((x, c), dim=-1)[:, :-1][after]), dim=-1)
         negatives = self.model.row_of[negatives]
@@ -1219,14 +1233,15 @@ class ContextLoss(nn.Module):
 
     @torch.no_grad()
     def held_out(self, run: Run, val: list[Dialogue]) -> float:
-        """The contrast per token of dialogues not trained on, against fixed negatives."""
+        """The contrast per known token of dialogues not trained on, against fixed negatives."""
         follows = torch.cat([self.told(d) for d in val]).sort().values.long().to(run.device)
+        follows = follows[self.model.row_of[follows] < self.model.known]
         negatives = follows[torch.linspace(0, len(follows) - 1, self.config.negatives).long()]
         total = torch.zeros((), device=run.device)
         for i, s in all_states(run, self.model, val, share_of(val)).items():
             c = self.model.contexts(s[None].to(run.device))
             total += self.contrast(*collate(val, [i], run.device), c, negatives)
-        return global_sum(total).item() / len(follows)
+        return global_sum(total).item() / max(1, len(follows))
 
 def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
            resumed=None) -> dict[int, Tensor]:
@@ -1237,7 +1252,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     """
     config, device, total = run.config, run.device, sum(len(d.ids) for d in train)
     content = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in (
-        *model.state_dict().values(), *(d.ids for d in train + val),
+        *model.state_dict().values(), *(t for d in train + val for t in d),
         *all_states(run, model, train, [0]).values())))  # the last in case you edit the cell
     settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
     path = Path(config.cache) / "contexts-{}.safetensors".format(
@@ -1521,8 +1536,7 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
                 path.rename(shelf / path.name)
             say(f"checkpoints of an earlier run were moved to {shelf}")
     else:
-        model = NewLLM(**resumed[1]["model"])
-        model.load_state_dict(part_of(resumed[0], "model"))
+        model = model_of(*resumed, out / "last.safetensors")
     model.to(run.device)
     count = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
