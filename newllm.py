@@ -5,7 +5,7 @@ the next word is read from it, and it is handed on to the next token: a chat cos
 and the same time per token after ten tokens and after a million. Training has two phases: Phase 1
 learns the states without predicting words, Phase 2 keeps them fixed and learns to speak.
 
-    python newllm.py --small        ten dialogues, word for word, on two CPU cores: 74 s in one run
+    python newllm.py --small        ten dialogues, word for word, on two CPU cores: 8 s in one run
                                     (AMD EPYC, torch 2.13.0, 2026-11-22)
     python chat.py                  chat with what was trained
     python newllm.py --help         every option; each is one field of Config, just below
