@@ -1236,12 +1236,15 @@ class ContextLoss(nn.Module):
         """The contrast per known token of dialogues not trained on, against fixed negatives."""
         follows = torch.cat([self.told(d) for d in val]).sort().values.long().to(run.device)
         follows = follows[self.model.row_of[follows] < self.model.known]
+        if not len(follows):
+            return 0.0
         negatives = follows[torch.linspace(0, len(follows) - 1, self.config.negatives).long()]
         total = torch.zeros((), device=run.device)
-        for i, s in all_states(run, self.model, val, share_of(val)).items():
-            c = self.model.contexts(s[None].to(run.device))
-            total += self.contrast(*collate(val, [i], run.device), c, negatives)
-        return global_sum(total).item() / max(1, len(follows))
+        for batch in batches_of(val, share_of(val), 8192):
+            ids, mask, real = collate(val, batch, run.device)
+            c = self.model.contexts(self.model.states(ids))
+            total += self.contrast(ids, mask, real, c, negatives)
+        return global_sum(total).item() / len(follows)
 
 def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
            resumed=None) -> dict[int, Tensor]:

@@ -5,6 +5,7 @@ and the comparison:  python test_newllm.py --compare DATA.jsonl [--tokens N] [--
 """
 import builtins
 import contextlib
+import copy
 import http.server
 import io
 import json
@@ -1018,6 +1019,22 @@ def bench_original(device, rows, tokens=6400, iterations=10, C=768):
         print(f"{solver:12s} {seconds:7.1f} s, from {measured} iterations", flush=True)
 
 
+@torch.no_grad()
+def bench_trained(folder):
+    """How the solver does on a trained context block, on the shipped dialogues as one text."""
+    model, _ = newllm.load_model(newllm.best_checkpoint(Path(folder)))
+    dialogues = newllm.tokenise(newllm.read_file(REPO / "data/chats.jsonl"), Tokenizer(), 10 ** 6,
+                                dict(cut=0, dropped=0))
+    text = torch.cat([d.ids for d in dialogues]).long()[None]
+    exact = copy.deepcopy(model.cell).double()
+    for T in (512, 4096, 32768):
+        u, s0 = model.token_share(text[:, :T]), torch.zeros(1, model.cell.C)
+        states, _, sweeps = solve(model.cell, u, s0, None, model.tol, model.max_sweeps)
+        true = walk(exact, u.double(), s0.double())[0]
+        error = (model.contexts(states.double()) - model.contexts(true)).abs().max()
+        print(f"{T:6,d} tokens: {sweeps} sweeps, error {error:.0e}", flush=True)
+
+
 def benchmark(quick, device):
     print(machine())
     rows = []
@@ -1179,6 +1196,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", metavar="FILE", help="keep the numbers")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--head", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--trained", metavar="FOLDER", help="the solver on its checkpoint")
     parser.add_argument("--ask", metavar="FOLDER", help="what its checkpoint says to new questions")
     parser.add_argument("--compare", metavar="DATA.jsonl")
     parser.add_argument("--tokens", type=int, default=100_000, help="training tokens")
@@ -1193,6 +1211,8 @@ if __name__ == "__main__":
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REPO / "data"))
     if options.head:
         head_once(options.head[0], int(options.head[1]), newllm.pick_device(options.device))
+    elif options.trained:
+        bench_trained(options.trained)
     elif options.ask:
         ask(options.ask)
     elif options.compare:
