@@ -857,18 +857,15 @@ def sample(scores: Tensor, temperature: float, top_k: int, top_p: float) -> Tens
 
 def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
     """A fresh model with the embeddings that --embeddings asks for, or UserError."""
-    text = torch.cat([torch.tensor([IM_START, IM_END]), *(d.ids for d in train)]).long()
-    spoken = torch.cat([text[:0], *(d.ids[d.mask] for d in train)])
     table, name, path = None, config.embeddings, Path(config.cache) / "gpt2-wte.safetensors"
+    reason = None
     if name in ("auto", "gpt2"):
         try:
             table = read_embeddings(path if path.exists() else download_gpt2_embeddings(path))
         except UserError as e:
             if name == "gpt2":
                 raise
-            say(f"embeddings: {e}; learned instead (E = {config.embed_dim}), which costs "
-                f"{len(text.unique()) * config.embed_dim / 1e6:.1f}M trained parameters a table "
-                f"and all that GPT-2 knows; words that the training text lacks stay unknown")
+            reason = e
     elif name != "learned":
         table = read_embeddings(Path(name))
     torch.manual_seed(config.seed)
@@ -876,9 +873,14 @@ def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
         "embed_dim", "context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout",
         "cell", "solver", "tol", "max_sweeps")}
     if table is None:
-        model = NewLLM(**settings, embeddings="shared" if config.joint else "separate",
-                       known=len(text.unique()))
-        model.know(text, spoken)
+        text = torch.cat([torch.tensor([IM_START, IM_END]), *(d.ids for d in train)]).long()
+        known = len(text.unique())
+        if reason:
+            say(f"embeddings: {reason}; learned instead (E = {config.embed_dim}), which costs "
+                f"{known * config.embed_dim / 1e6:.1f}M trained parameters a table and all that "
+                f"GPT-2 knows; words that the training text lacks stay unknown")
+        model = NewLLM(**settings, embeddings="shared" if config.joint else "separate", known=known)
+        model.know(text, torch.cat([d.ids[d.mask] for d in train]))
         return model
     model = NewLLM(**settings | dict(embed_dim=table.shape[1]), embeddings="frozen")
     nn.init.normal_(model.embed.weight, std=table.std().item())  # ChatML's rows stay like that
@@ -1182,12 +1184,13 @@ class ContextLoss(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.found = {}  # new states by dialogue, which phase1() collects
+        self.everything = config.contrast_on == "everything"
         E, C, H = model.embed.embedding_dim, config.context_dim, config.hidden_dim
         self.query = nn.Sequential(nn.Linear(E + C, H), nn.SiLU(), nn.Linear(H, E))
 
     def told(self, d: Dialogue) -> Tensor:
         """The tokens (M,) of a dialogue that the contrast is to tell from others."""
-        return d.ids[1:] if self.config.contrast_on == "everything" else d.ids[1:][d.mask[1:]]
+        return d.ids[1:][(d.mask | self.everything)[1:]]
 
     def contrast(self, ids: Tensor, mask: Tensor, real: Tensor, c: Tensor, negatives: Tensor
                  ) -> Tensor:
@@ -1197,10 +1200,9 @@ class ContextLoss(nn.Module):
         contrastive loss is alignment + uniformity (Wang & Isola 2020): uniformity is diversity,
         but spent on what tells tokens.
         """
-        table = self.model.context_table()
-        after = (real if self.config.contrast_on == "everything" else mask)[:, 1:]
-        after = after & (self.model.row_of[ids[:, 1:]] < self.model.known)
-        x, y = self.model.embedded(table, ids), self.model.row_of[ids[:, 1:][after]]
+        table, rows = self.model.context_table(), self.model.row_of[ids]
+        after = (real & (mask | self.everything) & (rows < self.model.known))[:, 1:]
+        x, y = self.model.embedded(table, ids), rows[:, 1:][after]
         q = F.normalize(self.query(torch.cat((x, c), dim=-1)[:, :-1][after]), dim=-1)
         negatives = self.model.row_of[negatives]
         right = (q * F.normalize(table(y), dim=-1)).sum(-1, keepdim=True)
@@ -1265,7 +1267,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         tensors, _ = load_tensors(path)
         model.load_state_dict(part_of(tensors, "model"), strict=False)
         say(f"phase 1: done before with the same data and settings, found in {path}")
-        return {int(i): s for i, s in part_of(tensors, "states").items()}
+        states = {int(i): s for i, s in part_of(tensors, "states").items()}
+        return {} if config.joint else states or cached_states(run, model, train)
     contrasts, loss = config.diversity == "contrast", ContextLoss(model, config).to(device)
     block = {name: p for name, p in model.named_parameters() if p.requires_grad and (
         name.startswith("cell.") or p is model.context_table().weight)}
@@ -1298,6 +1301,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
     for iteration in range(first, config.iterations + 1):
         start, sums, order = time.perf_counter(), torch.zeros(4), list(range(len(batches)))
+        all_told = 0
         random.Random(f"{config.seed} {iteration}").shuffle(order)
         generator = torch.Generator().manual_seed(config.seed * 10007 + iteration)
         for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(),
@@ -1307,6 +1311,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             chosen = torch.randperm(len(after), generator=generator)[:config.negatives]
             tokens = sum(len(train[i].ids) for i in batches[k])
             told = len(after) if contrasts else tokens
+            all_told += told
 
             def batch(parts):
                 for some in filter(None, (mine[j::parts] for j in range(parts))):
@@ -1317,7 +1322,6 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             sums += run.step(optimizer, factor * config.phase1_learning_rate,
                              done / (config.iterations * len(batches)), done, loss, batch, 1)
             states |= {i: s.cpu() for i, s in loss.found.items() if states}
-        all_told = sum(len(loss.told(d)) for d in train) if contrasts else total
         cvfp, diversity, share = (sums[1:] / torch.tensor([total, all_told, total])).tolist()
         held_out, sweeps = loss.held_out(run, val) if contrasts else diversity, model.sweeps
         some = states or all_states(run, model, train, range(min(64, len(train))))
@@ -1551,8 +1555,7 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
         states = phase1(run, model, train, val, resumed)
     elif not config.joint:
         states = cached_states(run, model, train)
-    figures = phase2(run, model, train, val, {} if config.joint else states,
-                     resumed if in_phase2 else None)
+    figures = phase2(run, model, train, val, states, resumed if in_phase2 else None)
     if rank() == 0:
         model = load_model(best_checkpoint(out), str(run.device))[0]
     some = all_states(run, model, train, range(min(64, len(train))))
