@@ -15,7 +15,7 @@ The letters that the code and its comments use:
 
     B, T      dialogues in a batch, tokens in a dialogue
     V         vocabulary: GPT-2's 50,257 tokens + two for ChatML, padded to 50,304
-              (learned embeddings have rows for those only that the training text contains)
+              (the head chooses among those only that the training text contains)
     E, C, H   embed_dim, context_dim, hidden_dim
     x         embedded, normalised tokens                  (B, T, E)
     u         what they add to the first hidden layer      (B, T, H)
@@ -81,7 +81,7 @@ class Config:
     tol: float = option(5e-5, "the solver stops when no state moves by more, in units of its size")
     max_sweeps: int = option(30, "sweeps after which it gives way to the token loop")
     # Phase 1
-    iterations: int = option(40, "passes over the data; 0: contexts stay untrained", least=0)
+    iterations: int = option(60, "passes over the data; 0: contexts stay untrained", least=0)
     min_iterations: int = option(5, "passes before Phase 1 may stop early", least=0)
     phase1_learning_rate: float = option(2e-3, "AdamW's peak learning rate in Phase 1")
     phase1_batch_tokens: int = option(4096, "tokens per optimizer step, in whole dialogues")
@@ -92,12 +92,12 @@ class Config:
     contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
     threshold: float = option(0.01, "a context that changes less, mean squared, has converged")
     # Phase 2
-    epochs: int = option(80, "passes over the data")
+    epochs: int = option(40, "passes over the data")
     learning_rate: float = option(8e-3, "AdamW's peak learning rate in Phase 2")
     embedding_rate: float = option(1.0, "share of it for learned embeddings; they overfit first")
     batch_tokens: int = option(64, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
-    patience: int = option(0, "epochs without gain until it stops; 0: none, last is best", least=0)
+    patience: int = option(0, "epochs without gain until it stops; 0: none, learn by heart", least=0)
     stop_after: int = option(0, "epochs after which to save and stop, to be resumed", least=0)
     cache_gb: float = option(4.0, "GB for states; if they do not fit, each batch's are recomputed")
     # both phases, and the machine
@@ -641,8 +641,9 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     context block reads a table of its own, which frozen contexts need where embeddings are learned,
     for Phase 2 goes on learning those of the head.
 
-    known: how many tokens have a row in the tables; 0: all of them. know() says which. The others
-    read as zeros, are never said, and share the probability `unseen` in evaluation.
+    known: how many tokens the head can say; 0: all of them. know() says which. The others share the
+    probability `unseen` in evaluation. They read as GPT-2 has them, or as zeros: there is no row
+    for them in learned tables.
     """
 
     def __init__(self, vocab_size: int = VOCAB, embed_dim: int = 256, context_dim: int = 128,
@@ -653,12 +654,13 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         V, E, C, H = vocab_size, embed_dim, context_dim, hidden_dim
         self.solver, self.tol, self.max_sweeps, self.sweeps = solver, tol, max_sweeps, 0
-        self.known, size = known or V, (known + 1, E, known) if known else (V, E)
+        self.known = known or V
+        size = (known + 1, E, known) if known and embeddings != "frozen" else (V, E)
         self.embed = nn.Embedding(*size).requires_grad_(embeddings != "frozen")
         self.context_embed = nn.Embedding(*size) if embeddings == "separate" else None
         for table in filter(None, (self.embed, self.context_embed)):
             nn.init.normal_(table.weight[:self.known], std=0.02)
-        self.register_buffer("row_of", torch.arange(V).clamp(max=self.known))
+        self.register_buffer("row_of", torch.arange(V).clamp(max=size[0] - 1))
         self.register_buffer("unseen", torch.tensor(0.01))
         self.cell = Cell(E, C, H, num_layers, token_input_all_layers, cell)
         self.again = E if token_input_all_layers else 0
@@ -667,11 +669,12 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         self.out, self.norm, self.dropout = nn.Linear(H, E), nn.LayerNorm(E), nn.Dropout(dropout)
 
     def know(self, text: Tensor, spoken: Tensor):
-        """The `known` different tokens of the text, ids (N,), get the rows. The others get the
-        probability that the next token is a new one, estimated by the share of tokens that occur
-        once (Good 1953) in what is spoken, ids (M,)."""
-        there = text.unique()
-        self.row_of.fill_(self.known)[there] = torch.arange(self.known, device=there.device)
+        """The `known` different tokens of the text, ids (N,), get the first rows. The others get
+        the probability that the next token is a new one, estimated by the share of tokens that
+        occur once (Good 1953) in what is spoken, ids (M,)."""
+        there = torch.zeros_like(self.row_of, dtype=torch.bool).index_fill(0, text, True)
+        rows = torch.arange(len(there), device=text.device).clamp(max=len(self.embed.weight) - 1)
+        self.row_of[there], self.row_of[~there] = rows[:self.known], rows[self.known:]
         once = (torch.bincount(spoken) == 1).sum().clamp(min=1)
         self.unseen.fill_(once / (len(spoken) + 1))
 
@@ -732,7 +735,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             return z
         each = self.unseen / (1 - self.unseen) / (len(self.row_of) - self.known)
         z = torch.cat((z, torch.logsumexp(z.float(), -1, keepdim=True) + each.log()), -1)
-        return z[..., self.row_of]
+        return z[..., self.row_of.clamp(max=self.known)]
 
     def cross_entropy(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """That of logits(h) for h (N, E) and tokens y (N,), summed, and how many were right.
@@ -769,7 +772,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         """Logits (B, V) of the token after last_ids (B,), of tokens that the model can say."""
         scores = self.logits(self.hidden_states(last_ids, state)).float()
         scores[:, VOCAB_USED:] = -math.inf
-        return scores.masked_fill(self.row_of == self.known, -math.inf)
+        return scores.masked_fill(self.row_of >= self.known, -math.inf)
 
     @torch.no_grad()
     def stream(self, input_ids: Tensor, max_new_tokens: int = 100, do_sample: bool = False,
@@ -872,20 +875,21 @@ def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
     settings = {name: getattr(config, name) for name in (
         "embed_dim", "context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout",
         "cell", "solver", "tol", "max_sweeps")}
+    text = torch.cat([torch.tensor([IM_START, IM_END]), *(d.ids for d in train)]).long()
+    spoken, known = torch.cat([d.ids[d.mask] for d in train]), len(text.unique())
     if table is None:
-        text = torch.cat([torch.tensor([IM_START, IM_END]), *(d.ids for d in train)]).long()
-        known = len(text.unique())
         if reason:
             say(f"embeddings: {reason}; learned instead (E = {config.embed_dim}), which costs "
                 f"{known * config.embed_dim / 1e6:.1f}M trained parameters a table and all that "
                 f"GPT-2 knows; words that the training text lacks stay unknown")
         model = NewLLM(**settings, embeddings="shared" if config.joint else "separate", known=known)
-        model.know(text, torch.cat([d.ids[d.mask] for d in train]))
+        model.know(text, spoken)
         return model
-    model = NewLLM(**settings | dict(embed_dim=table.shape[1]), embeddings="frozen")
+    model = NewLLM(**settings | dict(embed_dim=table.shape[1]), embeddings="frozen", known=known)
+    model.know(text, spoken)
     nn.init.normal_(model.embed.weight, std=table.std().item())  # ChatML's rows stay like that
-    model.embed.weight.data[:len(table)] = table
-    model.norm.weight.data.fill_(0.25)  # GPT-2's vectors are long: begin with small logits
+    model.embed.weight.data[model.row_of[:len(table)]] = table
+    model.norm.weight.data.fill_(0.02)  # GPT-2's vectors are long: begin with small logits
     return model
 
 def read_embeddings(path: Path) -> Tensor:
@@ -1260,8 +1264,9 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         *model.state_dict().values(), *(t for d in train + val for t in d),
         *all_states(run, model, train, [0]).values())))  # the last in case you edit the cell
     settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
+    by_heart = config.patience == 0  # then it is not what is held out that says when to stop
     path = Path(config.cache) / "contexts-{}.safetensors".format(
-        digest([settings, content.hexdigest(), device.type, rank(), world_size()]))
+        digest([settings, by_heart, content.hexdigest(), device.type, rank(), world_size()]))
     there = global_sum(torch.tensor(float(path.exists()), device=device)) == world_size()
     if there and resumed is None:
         tensors, _ = load_tensors(path)
@@ -1280,7 +1285,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         raise UserError(f"--diversity {config.diversity} needs dialogues for each process and part "
                         f"in every step; raise --phase1-batch-tokens")
     start, first, factor, best, waited, share = time.perf_counter(), 1, 1.0, math.inf, 0, 0.0
-    # factor: of the learning rate; waited: iterations without gain on held-out dialogues
+    # factor: of the learning rate; waited: iterations without gain
     if resumed is None:
         model.solver, solver = "sequential", model.solver
         states, best_block = cached_states(run, model, train), None
@@ -1324,6 +1329,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             states |= {i: s.cpu() for i, s in loss.found.items() if states}
         cvfp, diversity, share = (sums[1:] / torch.tensor([total, all_told, total])).tolist()
         held_out, sweeps = loss.held_out(run, val) if contrasts else diversity, model.sweeps
+        goal = diversity if by_heart else held_out
         some = states or all_states(run, model, train, range(min(64, len(train))))
         erank = effective_rank(model.contexts(torch.cat([*some.values()][:256])))
         say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp:.1e} | "
@@ -1333,8 +1339,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         run.log("phase1", iteration, converged=share, cvfp=cvfp, held_out=held_out,
                 diversity=diversity, effective_rank=erank, sweeps=sweeps)
         settled = not states or share >= 0.95 and waited != 1  # after a jump nothing is proven
-        if not contrasts or held_out < best - 1e-3:
-            best, waited = held_out, 0
+        if not contrasts or goal < best - 1e-3:
+            best, waited = goal, 0
             best_block = {n: p.detach().clone() for n, p in block.items()}
         else:  # learning for its own sake has begun: shorter steps, once from the best weights
             waited, factor = waited + 1, factor / 4
@@ -1344,7 +1350,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             break
         run.safe_point(lambda: run.save(
             "last.safetensors", model, optimizer,
-            dict(query=loss.query.state_dict(), best=best_block, states=states),
+            dict(query=loss.query.state_dict(), best=best_block,
+                 states=states if run.interrupted else {}),  # after a crash they are made anew
             phase=1, iteration=iteration, progress=[factor, best, waited, share]),
             f"iteration {iteration} of phase 1")
     report(run, model, train, share if config.iterations and states else 1.0)
@@ -1549,7 +1556,7 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"parameters: {trained:,} trained, {sum(count.values()) - trained:,} frozen; "
         f"{sum(n for name, n in count.items() if 'embed' not in name):,} outside the embeddings; "
-        f"output head tied to the embeddings (untied: {count['embed.weight']:,} more)")
+        f"output head tied to the embeddings (untied: {model.known * model.embed.embedding_dim:,} more)")
     in_phase2, states = resumed is not None and resumed[1]["phase"] == 2, {}
     if not in_phase2 and (config.iterations or not config.joint):
         states = phase1(run, model, train, val, resumed)
