@@ -97,7 +97,7 @@ class Config:
     embedding_rate: float = option(1.0, "share of it for learned embeddings; they overfit first")
     batch_tokens: int = option(64, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
-    patience: int = option(0, "epochs without gain until it stops; 0: none, learn by heart", least=0)
+    patience: int = option(0, "epochs without gain until it stops; 0: learn by heart", least=0)
     stop_after: int = option(0, "epochs after which to save and stop, to be resumed", least=0)
     cache_gb: float = option(4.0, "GB for states; if they do not fit, each batch's are recomputed")
     # both phases, and the machine
@@ -210,6 +210,19 @@ def global_sum(x: Tensor) -> Tensor:
     everything = x.detach().clone()
     dist.all_reduce(everything)
     return x + (everything - x.detach())
+
+def same_everywhere(model: nn.Module):
+    """All processes begin with the weights of the first, as DistributedDataParallel has it."""
+    if world_size() > 1:
+        tensors = model.state_dict().values()
+        size = torch.tensor(sum(t.numel() for t in tensors), device=next(iter(tensors)).device)
+        sizes = [torch.zeros_like(size) for _ in range(world_size())]
+        dist.all_gather(sizes, size)
+        if any(s != size for s in sizes):
+            raise UserError("the machines built different models, some could reach GPT-2's "
+                            "embeddings and some not; give --embeddings gpt2 or learned")
+        for t in tensors:
+            dist.broadcast(t, 0)
 
 def cause(error: Exception) -> str:
     """The first line of an error, short enough for ours."""
@@ -1036,14 +1049,15 @@ class Run:
         return torch.optim.AdamW([g for g in groups if g["params"]], rate, fused=True,
                                  weight_decay=self.config.weight_decay)
 
-    def step(self, optimizer, rate: float, progress: float, number: int, loss, batch, count):
+    def step(self, optimizer, rate: float, progress: float, number: int, loss, batch, count,
+             whole: bool = False):
         """One optimizer step on the gradient of (sum of losses) / count.
 
         rate, progress, number: peak learning rate, share of the schedule done, 0 to 1, step number.
         batch(parts) lists the arguments of loss() for each part of this process's share, loss()
         returns a sum of losses first and then other sums. Where a part does not fit into memory,
-        the batch is cut into more; tokens per step stay what they were. Returns all sums, over
-        parts and processes.
+        the batch is cut into more, unless `whole`; tokens per step stay what they were. Returns
+        all sums, over parts and processes.
         """
         warm = min(1.0, (number + 1) / max(1, self.config.warmup))
         for group in optimizer.param_groups:
@@ -1060,10 +1074,10 @@ class Run:
                     sums[:len(values)] += torch.stack([v.detach().float() for v in values])
                 break
             except torch.OutOfMemoryError:
-                if self.parts > 4096:
+                if self.parts > 4096 or whole:
                     raise UserError("not even a small part of a batch fits into the device's "
-                                    "memory; lower --hidden-dim or --max-len, or use "
-                                    "--device cpu") from None
+                                    "memory; lower --phase1-batch-tokens, --hidden-dim or "
+                                    "--max-len, or use --device cpu") from None
                 self.parts += -(-self.parts // 4)  # small steps, to leave little memory unused
                 values = None  # the graph that it holds needs memory too
         if number == 0 or self.parts > before:
@@ -1325,7 +1339,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
                            after[chosen].to(device), tokens, told)
             done = (iteration - 1) * len(batches) + number
             sums += run.step(optimizer, factor * config.phase1_learning_rate,
-                             done / (config.iterations * len(batches)), done, loss, batch, 1)
+                             done / (config.iterations * len(batches)), done, loss, batch, 1,
+                             whole=not contrasts and world_size() > 1)
             states |= {i: s.cpu() for i, s in loss.found.items() if states}
         cvfp, diversity, share = (sums[1:] / torch.tensor([total, all_told, total])).tolist()
         held_out, sweeps = loss.held_out(run, val) if contrasts else diversity, model.sweeps
@@ -1552,11 +1567,13 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
     else:
         model = model_of(*resumed, out / "last.safetensors")
     model.to(run.device)
+    same_everywhere(model)
     count = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"parameters: {trained:,} trained, {sum(count.values()) - trained:,} frozen; "
         f"{sum(n for name, n in count.items() if 'embed' not in name):,} outside the embeddings; "
-        f"output head tied to the embeddings (untied: {model.known * model.embed.embedding_dim:,} more)")
+        f"output head tied to the embeddings (untied: "
+        f"{model.known * model.embed.embedding_dim:,} more)")
     in_phase2, states = resumed is not None and resumed[1]["phase"] == 2, {}
     if not in_phase2 and (config.iterations or not config.joint):
         states = phase1(run, model, train, val, resumed)

@@ -487,6 +487,22 @@ def test_both_solvers_train_to_the_same_losses():
                           atol=2e-3)
 
 
+def test_a_batch_that_does_not_fit_into_memory_is_computed_in_parts_with_the_same_losses(
+        monkeypatch):
+    whole, loss = run_newllm(*TINY, "--out", "whole"), newllm.word_loss
+
+    def small_memory(model, ids, *rest, **options):
+        if torch.is_grad_enabled() and len(ids) > 20:
+            raise torch.OutOfMemoryError("as CUDA says it")
+        return loss(model, ids, *rest, **options)
+    monkeypatch.setattr(newllm, "word_loss", small_memory)
+    parts = run_newllm(*TINY, "--out", "parts")
+    assert "in 1 part(s)" in whole and re.search(r"in [2-9] part", parts)
+    found = [torch.tensor([[float(v) for v in row] for row in losses(out)])
+             for out in (whole, parts)]
+    assert found[0].shape == (4, 2) and (found[0] - found[1]).abs().max() <= 1e-4
+
+
 def test_scaling_trains_one_model_per_size_and_fits_a_power_law():
     said = run_newllm(*TINY, "--scaling", "4,8", "--epochs", "1", "--iterations", "1")
     assert re.search(r"PPL = \S+ tokens\^-?[\d.]+, R\^2 = 1.000", said)
