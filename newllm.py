@@ -140,6 +140,8 @@ def check(config: Config) -> Config:
                             + ("above 0" if least is None else f"of at least {least}"))
     if config.dropout >= 1 or config.diversity_weight > 1:
         raise UserError("--dropout must be below 1, --diversity-weight at most 1")
+    if config.seed >= 2 ** 31:
+        raise UserError(f"--seed {config.seed}: give a number below 2,147,483,648")
     if config.cell == "original" and config.solver == "parallel":
         raise UserError("--cell original has no parallel solver: LayerNorm inside the loop keeps "
                         "errors alive, sweeps would not settle; use --solver sequential")
@@ -151,7 +153,8 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 def parse(argv: list[str]) -> tuple[Config, dict]:
-    """The command line as a Config, and what it asks for by name (a preset's values included)."""
+    """The command line as a Config, and what --resume must find or change: the values that it
+    gives, and those of the preset that may not change."""
     parser = argparse.ArgumentParser("newllm.py", allow_abbrev=False, description="Train New-LLM.")
 
     def fail(message):
@@ -169,8 +172,9 @@ def parse(argv: list[str]) -> tuple[Config, dict]:
         parser.add_argument(flag_of(f.name), default=argparse.SUPPRESS, **kind,
                             help=f"{f.metadata['help']} (default: {default})")
     given = vars(parser.parse_args(argv))
-    asked = PRESETS[given.pop("preset", "small")] | given
-    return check(replace(Config(), **asked)), asked
+    preset = PRESETS[given.pop("preset", "small")]
+    config = check(replace(Config(), **preset | given))
+    return config, {k: v for k, v in preset.items() if k not in MAY_CHANGE} | given
 
 # ------------------------------------------------------------------------------------------------
 # 2. Processes and files: what the rest of the program stands on
@@ -209,7 +213,7 @@ def global_sum(x: Tensor) -> Tensor:
         return x
     everything = x.detach().clone()
     dist.all_reduce(everything)
-    return x + (everything - x.detach())
+    return x + (everything - x.detach()) if x.requires_grad else everything
 
 def same_everywhere(model: nn.Module):
     """All processes begin with the weights of the first, as DistributedDataParallel has it."""
@@ -1066,6 +1070,8 @@ class Run:
         before = self.parts
         while True:
             try:
+                # for dropout; a seed per step, so there is no random state to save
+                torch.manual_seed((self.config.seed << 24) + number * world_size() + rank())
                 optimizer.zero_grad(set_to_none=True)
                 sums = self.scaler.scale(torch.zeros(4, device=self.device))  # sets the scaler up
                 for part in batch(self.parts):
@@ -1104,12 +1110,9 @@ class Run:
 
     def save(self, name: str, model: NewLLM, optimizer, more: dict, **notes):
         """A checkpoint: all chatting needs (weights, config, tokenizer) and all resuming needs."""
-        chance = dict(cpu=torch.get_rng_state())
-        if self.device.type == "cuda":
-            chance["cuda"] = torch.cuda.get_rng_state(self.device)
         if rank() == 0:
             save_tensors(Path(self.config.out) / name, more | dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict()["state"], random=chance),
+                model=model.state_dict(), optimizer=optimizer.state_dict()["state"]),
                 notes | dict(config=asdict(self.config), model=model.settings, parts=self.parts,
                              scaler=self.scaler.state_dict(),
                              tokenizer="tiktoken r50k_base + ChatML"))
@@ -1121,9 +1124,6 @@ class Run:
             number, what = name.split("/")
             state.setdefault(int(number), {})[what] = value
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
-        torch.set_rng_state(tensors["random/cpu"])
-        if "random/cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
         if notes["scaler"]:
             self.scaler.load_state_dict(notes["scaler"])
         self.parts = notes["parts"]
@@ -1289,6 +1289,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         states = {int(i): s for i, s in part_of(tensors, "states").items()}
         return {} if config.joint else states or cached_states(run, model, train)
     contrasts, loss = config.diversity == "contrast", ContextLoss(model, config).to(device)
+    same_everywhere(loss.query)
     block = {name: p for name, p in model.named_parameters() if p.requires_grad and (
         name.startswith("cell.") or p is model.context_table().weight)}
     optimizer = run.optimizer(block | dict(loss.query.named_parameters()),
@@ -1317,7 +1318,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         states = {int(i): s for i, s in part_of(tensors, "states").items()}
         if world_size() > 1 or len(states) < len(train):  # only the first process's were saved
             states = cached_states(run, model, train)
-        first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
+        first, factor, best, waited, share, by_heart = notes["iteration"] + 1, *notes["progress"]
     for iteration in range(first, config.iterations + 1):
         start, sums, order = time.perf_counter(), torch.zeros(4), list(range(len(batches)))
         all_told = 0
@@ -1367,7 +1368,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             "last.safetensors", model, optimizer,
             dict(query=loss.query.state_dict(), best=best_block,
                  states=states if run.interrupted else {}),  # after a crash they are made anew
-            phase=1, iteration=iteration, progress=[factor, best, waited, share]),
+            phase=1, iteration=iteration,
+            progress=[factor, best, waited, share, by_heart]),
             f"iteration {iteration} of phase 1")
     report(run, model, train, share if config.iterations and states else 1.0)
     states = {} if config.joint else cached_states(run, model, train)
@@ -1458,7 +1460,6 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         epoch, step, waited, best, figures = resumed[1]["progress"]
         sums, best = resumed[0]["sums"], math.inf if best is None else best
     else:
-        torch.manual_seed(config.seed)  # the same, whether Phase 1 ran or was found in the cache
         if model.context_embed is not None:  # what Phase 1 learned is a good start for the head
             model.embed.weight.data.copy_(model.context_embed.weight)
     say(f"phase 2: {targets(train):,} target tokens, {steps} optimizer steps per epoch; " + (
@@ -1475,6 +1476,8 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
                  progress=[epoch, step, waited, best if best < math.inf else None, figures])
 
     model.train()
+    if 0 < config.patience <= waited:  # asked for at --resume: from now on the best is to chat with
+        save()
     while epoch < config.epochs and not (config.patience and waited >= config.patience):
         generator = torch.Generator().manual_seed(config.seed * 10007 + epoch)
         if rows:

@@ -440,6 +440,19 @@ def test_stopping_and_resuming_changes_nothing(mode):
     assert "--resume" in half and whole == losses(half) + losses(rest)
 
 
+def test_resuming_keeps_the_first_commands_choices_against_its_preset(monkeypatch):
+    monkeypatch.setitem(newllm.PRESETS, "brief", dict(epochs=1))
+    run_newllm("--brief", *TINY, "--stop-after", "2")
+    assert "epoch   4/4" in run_newllm("--brief", "--resume")
+
+
+def test_patience_asked_for_later_makes_the_best_epoch_the_one_to_chat_with():
+    run_newllm(*TINY, "--epochs", "9", "--learning-rate", "0.05", "--stop-after", "8")
+    assert newllm.best_checkpoint(Path("checkpoints")).name == "last.safetensors"
+    run_newllm("--resume", "--patience", "1")
+    assert newllm.best_checkpoint(Path("checkpoints")).name.startswith("epoch-")
+
+
 def test_ctrl_c_saves_in_either_phase_and_the_run_goes_on_to_the_same_losses():
     whole = losses(run_newllm(*TINY, "--out", "whole"))
     found = []
@@ -569,6 +582,7 @@ BAD = {
     "no number": (lambda: ["--hidden-dim", "many"], "invalid int value: 'many'"),
     "not a number": (lambda: ["--learning-rate", "nan"], "--learning-rate nan"),
     "an unknown flag": (lambda: ["--layers", "2"], "unrecognized arguments: --layers"),
+    "a seed too large": (lambda: ["--seed", "9" * 20], "give a number below"),
     "an unknown preset": (lambda: ["--huge"], "unrecognized arguments: --huge"),
     "two presets": (lambda: ["--small", "--medium"], "not allowed with"),
     "an unknown cell": (lambda: ["--cell", "lstm"], "invalid choice: 'lstm'"),
