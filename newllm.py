@@ -90,6 +90,8 @@ class Config:
     contrast_on: str = option("answers", "next words to tell apart", ("answers", "everything"))
     negatives: int = option(1023, "wrong next tokens to tell the right one from")
     contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
+    phase1_watch: str = option("training", "whose contrast has to gain for Phase 1 to go on",
+                               ("training", "held-out"))
     threshold: float = option(0.01, "a context that changes less, mean squared, has converged")
     # Phase 2
     epochs: int = option(40, "passes over the data")
@@ -97,7 +99,7 @@ class Config:
     embedding_rate: float = option(1.0, "share of it for learned embeddings; they overfit first")
     batch_tokens: int = option(64, "tokens per optimizer step (targets, where states are cached)")
     joint: bool = option(False, "train the context block too, through the recurrence")
-    patience: int = option(0, "epochs without gain until it stops; 0: learn by heart", least=0)
+    patience: int = option(0, "epochs without gain until it stops; 0: none, last is best", least=0)
     stop_after: int = option(0, "epochs after which to save and stop, to be resumed", least=0)
     cache_gb: float = option(4.0, "GB for states; if they do not fit, each batch's are recomputed")
     # both phases, and the machine
@@ -116,12 +118,13 @@ PRESETS = {
     "small": {},  # the defaults: ten dialogues, learnt by heart
     "medium": dict(  # by heart too: nothing else makes so few dialogues speak in whole sentences
         data="ultrachat", samples=100, val_samples=100, num_layers=2, context_dim=256,
-        hidden_dim=512, iterations=8, epochs=60, learning_rate=3e-3, batch_tokens=512),
+        hidden_dim=512, iterations=8, phase1_watch="held-out", epochs=60, learning_rate=3e-3,
+        batch_tokens=512),
     "large": dict(  # the best epoch on dialogues it has not seen
         data="ultrachat", samples=1000, val_samples=100, max_len=1024, num_layers=4,
         context_dim=512, hidden_dim=1024, dropout=0.1, iterations=8, epochs=10, patience=3,
-        contrast_on="everything", learning_rate=2e-3, embedding_rate=0.2, batch_tokens=8192,
-        weight_decay=0.01),
+        contrast_on="everything", phase1_watch="held-out", learning_rate=2e-3, embedding_rate=0.2,
+        batch_tokens=8192, weight_decay=0.01),
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "tensorboard"}
 PHASE_2_ONLY = MAY_CHANGE | {  # what Phase 1 does not depend on (the data's content it does)
@@ -140,6 +143,8 @@ def check(config: Config) -> Config:
                             + ("above 0" if least is None else f"of at least {least}"))
     if config.dropout >= 1 or config.diversity_weight > 1:
         raise UserError("--dropout must be below 1, --diversity-weight at most 1")
+    if not Path(config.data).name:
+        raise UserError(f"--data {config.data!r}: give a file, or a dataset's name")
     if config.seed >= 2 ** 31:
         raise UserError(f"--seed {config.seed}: give a number below 2,147,483,648")
     if config.cell == "original" and config.solver == "parallel":
@@ -301,7 +306,7 @@ class Tokenizer:
     def message(self, role: str, text: str) -> tuple[list[int], list[bool]]:
         """<|im_start|>role⏎text<|im_end|>⏎ as ids, and which of them are targets.
 
-        encode_ordinary() knows no special tokens: typing "<|im_end|>" gives its nine characters.
+        encode_ordinary() knows no special tokens: typing "<|im_end|>" gives its ten characters.
         """
         head, tail = self.head(role), self.bpe.encode_ordinary("\n")
         body, target = self.bpe.encode_ordinary(text) + [IM_END], role == "assistant"
@@ -405,8 +410,11 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[list[Dialogue], list[
     """
     beside = Path(config.data).with_name(Path(config.data).stem + "_val.jsonl")
     held_out = config.val_data or (str(beside) if is_file(config.data) and beside.exists() else "")
-    content = [Path(name).suffix + hashlib.sha256(Path(name).read_bytes()).hexdigest()
-               if Path(name).is_file() else name for name in (config.data, held_out)]
+    try:
+        content = [Path(name).suffix + hashlib.sha256(Path(name).read_bytes()).hexdigest()
+                   if Path(name).is_file() else name for name in (config.data, held_out)]
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename} ({cause(e)}); see its permissions") from None
     path = Path(config.cache) / "tokens-{}.safetensors".format(
         digest([content, config.samples, config.val_samples, config.max_len]))
     with first_on_its_machine():
@@ -877,53 +885,49 @@ def sample(scores: Tensor, temperature: float, top_k: int, top_p: float) -> Tens
 
 def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
     """A fresh model with the embeddings that --embeddings asks for, or UserError."""
-    table, name, path = None, config.embeddings, Path(config.cache) / "gpt2-wte.safetensors"
-    reason = None
-    if name in ("auto", "gpt2"):
-        try:
+    text = torch.cat([torch.tensor([IM_START, IM_END]), *(d.ids for d in train)]).long()
+    table, E, known = None, config.embed_dim, len(text.unique())
+    path = Path(config.cache) / "gpt2-wte.safetensors"
+    try:
+        if config.embeddings in ("auto", "gpt2"):
             table = read_embeddings(path if path.exists() else download_gpt2_embeddings(path))
-        except UserError as e:
-            if name == "gpt2":
-                raise
-            reason = e
-    elif name != "learned":
-        table = read_embeddings(Path(name))
+        elif config.embeddings != "learned":
+            table = read_embeddings(Path(config.embeddings))
+    except UserError as e:
+        if config.embeddings != "auto":
+            raise
+        say(f"embeddings: {e}; learned instead (E = {E}), which costs {known * E / 1e6:.1f}M "
+            f"trained parameters a table and all that GPT-2 knows; words that the training text "
+            f"lacks stay unknown")
     torch.manual_seed(config.seed)
     settings = {name: getattr(config, name) for name in (
-        "embed_dim", "context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout",
-        "cell", "solver", "tol", "max_sweeps")}
-    text = torch.cat([torch.tensor([IM_START, IM_END]), *(d.ids for d in train)]).long()
-    spoken, known = torch.cat([d.ids[d.mask] for d in train]), len(text.unique())
-    if table is None:
-        if reason:
-            say(f"embeddings: {reason}; learned instead (E = {config.embed_dim}), which costs "
-                f"{known * config.embed_dim / 1e6:.1f}M trained parameters a table and all that "
-                f"GPT-2 knows; words that the training text lacks stay unknown")
-        model = NewLLM(**settings, embeddings="shared" if config.joint else "separate", known=known)
-        model.know(text, spoken)
-        return model
-    model = NewLLM(**settings | dict(embed_dim=table.shape[1]), embeddings="frozen", known=known)
-    model.know(text, spoken)
-    nn.init.normal_(model.embed.weight, std=table.std().item())  # ChatML's rows stay like that
-    model.embed.weight.data[model.row_of[:len(table)]] = table
-    model.norm.weight.data.fill_(0.02)  # GPT-2's vectors are long: begin with small logits
+        "context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout", "cell",
+        "solver", "tol", "max_sweeps")}
+    model = NewLLM(**settings, embed_dim=E if table is None else table.shape[1], known=known,
+                   embeddings="frozen" if table is not None else
+                   "shared" if config.joint else "separate")
+    model.know(text, torch.cat([d.ids[d.mask] for d in train]))
+    if table is not None:
+        nn.init.normal_(model.embed.weight, std=table.std().item())  # ChatML's rows stay like that
+        model.embed.weight.data[model.row_of[:len(table)]] = table
+        model.norm.weight.data.fill_(0.02)  # GPT-2's vectors are long: begin with small logits
     return model
 
 def read_embeddings(path: Path) -> Tensor:
     """GPT-2's token embeddings (50257, 768), wte.weight of a .safetensors file."""
     try:
         with safe_open(path, "pt") as file:
-            name = next((n for n in file.keys() if n.removeprefix("transformer.") == "wte.weight"),
-                        None)
-            if name is None:
-                raise UserError(f"{path} has no tensor wte.weight, only {sorted(file.keys())[:4]}")
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != (50257, 768):
-                raise UserError(f"{path}: {name} has the shape {shape}, GPT-2's is (50257, 768)")
-            return file.get_tensor(name).float()
+            names = {name.removeprefix("transformer."): name for name in file.keys()}
+            table = file.get_tensor(names["wte.weight"]).float()
+    except KeyError:
+        raise UserError(f"{path} has no tensor wte.weight, only {sorted(names)[:4]}") from None
     except (OSError, SafetensorError) as e:
         raise UserError(f"--embeddings {path}: {cause(e)}; give auto, gpt2, learned or a "
                         f".safetensors file") from None
+    if table.shape != (50257, 768):
+        raise UserError(f"{path}: wte.weight has the shape {tuple(table.shape)}, GPT-2's is "
+                        f"(50257, 768)")
+    return table
 
 def download_gpt2_embeddings(path: Path) -> Path:
     """Save wte.weight of openai-community/gpt2: 154 of the file's 548 MB are read."""
@@ -976,7 +980,7 @@ def pick_device(name: str) -> torch.device:
     """cuda > mps > cpu, or what the user says. Raises UserError for a device that is not there."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     found = [kind for kind in there if there[kind]]
-    if name != "auto" and name.split(":")[0] not in found:
+    if name != "auto" and not re.fullmatch(rf"({'|'.join(found)})(:\d+)?", name):
         raise UserError(f"--device {name} is not there; this machine has {', '.join(found)}")
     kind = found[0] if name == "auto" else name
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else (
@@ -1053,15 +1057,14 @@ class Run:
         return torch.optim.AdamW([g for g in groups if g["params"]], rate, fused=True,
                                  weight_decay=self.config.weight_decay)
 
-    def step(self, optimizer, rate: float, progress: float, number: int, loss, batch, count,
-             whole: bool = False):
+    def step(self, optimizer, rate: float, progress: float, number: int, loss, share,
+             count: int = 1, whole: bool = False):
         """One optimizer step on the gradient of (sum of losses) / count.
 
         rate, progress, number: peak learning rate, share of the schedule done, 0 to 1, step number.
-        batch(parts) lists the arguments of loss() for each part of this process's share, loss()
-        returns a sum of losses first and then other sums. Where a part does not fit into memory,
-        the batch is cut into more, unless `whole`; tokens per step stay what they were. Returns
-        all sums, over parts and processes.
+        share: what of the batch is this process's; loss(some of it) returns a sum of losses first
+        and then other sums. What does not fit into memory is computed in more parts, unless
+        `whole`; tokens per step stay what they were. Returns all sums, over parts and processes.
         """
         warm = min(1.0, (number + 1) / max(1, self.config.warmup))
         for group in optimizer.param_groups:
@@ -1074,8 +1077,8 @@ class Run:
                 torch.manual_seed((self.config.seed << 24) + number * world_size() + rank())
                 optimizer.zero_grad(set_to_none=True)
                 sums = self.scaler.scale(torch.zeros(4, device=self.device))  # sets the scaler up
-                for part in batch(self.parts):
-                    values = loss(*part)
+                for part in filter(len, (share[k::self.parts] for k in range(self.parts))):
+                    values = loss(part)
                     self.scaler.scale(values[0] / count).backward()
                     sums[:len(values)] += torch.stack([v.detach().float() for v in values])
                 break
@@ -1087,7 +1090,7 @@ class Run:
                 self.parts += -(-self.parts // 4)  # small steps, to leave little memory unused
                 values = None  # the graph that it holds needs memory too
         if number == 0 or self.parts > before:
-            memory = "a CPU takes up to 8,192 tokens at once"
+            memory = "up to 8,192 tokens at once on a CPU"
             if self.device.type == "cuda":
                 peak, (free, _) = (torch.cuda.max_memory_allocated(self.device),
                                    torch.cuda.mem_get_info(self.device))
@@ -1278,9 +1281,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         *model.state_dict().values(), *(t for d in train + val for t in d),
         *all_states(run, model, train, [0]).values())))  # the last in case you edit the cell
     settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
-    by_heart = config.patience == 0  # then it is not what is held out that says when to stop
     path = Path(config.cache) / "contexts-{}.safetensors".format(
-        digest([settings, by_heart, content.hexdigest(), device.type, rank(), world_size()]))
+        digest([settings, content.hexdigest(), device.type, rank(), world_size()]))
     there = global_sum(torch.tensor(float(path.exists()), device=device)) == world_size()
     if there and resumed is None:
         tensors, _ = load_tensors(path)
@@ -1318,7 +1320,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         states = {int(i): s for i, s in part_of(tensors, "states").items()}
         if world_size() > 1 or len(states) < len(train):  # only the first process's were saved
             states = cached_states(run, model, train)
-        first, factor, best, waited, share, by_heart = notes["iteration"] + 1, *notes["progress"]
+        first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
     for iteration in range(first, config.iterations + 1):
         start, sums, order = time.perf_counter(), torch.zeros(4), list(range(len(batches)))
         all_told = 0
@@ -1333,19 +1335,18 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             told = len(after) if contrasts else tokens
             all_told += told
 
-            def batch(parts):
-                for some in filter(None, (mine[j::parts] for j in range(parts))):
-                    yield (some, *collate(train, some, device),
-                           pad([states[i] for i in some], device) if states else None,
-                           after[chosen].to(device), tokens, told)
+            def part(some):
+                return loss(some, *collate(train, some, device),
+                            pad([states[i] for i in some], device) if states else None,
+                            after[chosen].to(device), tokens, told)
             done = (iteration - 1) * len(batches) + number
             sums += run.step(optimizer, factor * config.phase1_learning_rate,
-                             done / (config.iterations * len(batches)), done, loss, batch, 1,
+                             done / (config.iterations * len(batches)), done, part, mine,
                              whole=not contrasts and world_size() > 1)
             states |= {i: s.cpu() for i, s in loss.found.items() if states}
         cvfp, diversity, share = (sums[1:] / torch.tensor([total, all_told, total])).tolist()
         held_out, sweeps = loss.held_out(run, val) if contrasts else diversity, model.sweeps
-        goal = diversity if by_heart else held_out
+        goal = held_out if config.phase1_watch == "held-out" else diversity
         some = states or all_states(run, model, train, range(min(64, len(train))))
         erank = effective_rank(model.contexts(torch.cat([*some.values()][:256])))
         say(f"  iteration {iteration:3d} | converged {share:6.1%} | CVFP {cvfp:.1e} | "
@@ -1368,8 +1369,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             "last.safetensors", model, optimizer,
             dict(query=loss.query.state_dict(), best=best_block,
                  states=states if run.interrupted else {}),  # after a crash they are made anew
-            phase=1, iteration=iteration,
-            progress=[factor, best, waited, share, by_heart]),
+            phase=1, iteration=iteration, progress=[factor, best, waited, share]),
             f"iteration {iteration} of phase 1")
     report(run, model, train, share if config.iterations and states else 1.0)
     states = {} if config.joint else cached_states(run, model, train)
@@ -1381,22 +1381,22 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
 def report(run: Run, model: NewLLM, train: list[Dialogue], share: float):
     """Say whether the cache is what a chat will see, and warn of ways in which contexts fail."""
     longest = by_length(train, range(len(train)))[-4:]
-    walked, sweeps, states = [], 0, all_states(run, model, train, longest)
+    walked, sweeps, states = [], [], all_states(run, model, train, longest)
     cached = torch.cat([states[i] for i in longest])
     for i in longest:  # one dialogue at a time, as a chat reads it
         u = model.token_share(collate(train, [i], run.device)[0])
         s0 = u.new_zeros(1, model.cell.C)
         walked.append(walk(model.cell, u, s0)[0][0].cpu())
         if model.cell.kind == "gated":
-            sweeps = max(sweeps, solve(model.cell, u, s0, None, model.tol, model.max_sweeps)[2])
+            sweeps.append(solve(model.cell, u, s0, None, model.tol, model.max_sweeps)[2])
     noise = u.new_empty(256, model.cell.C).normal_(std=cached.std().item())
     same = F.cosine_similarity(model.cell(u[0, :1].expand(256, -1), noise)[0], noise).mean().item()
     cached, walked = model.contexts(cached), model.contexts(torch.cat(walked))
     alike = F.normalize(cached, dim=-1).mean(0).pow(2).sum().item()
     say(f"phase 1: cached contexts differ from the token loop's by "
         f"{(cached - walked).pow(2).mean():.1e} (mean square; 2 = unrelated); the parallel solver "
-        f"takes {sweeps or 'too many'} sweeps; mean cosine of two contexts {alike:.2f}, of the "
-        f"state before and after a step {same:.2f}")
+        f"takes {max(sweeps) if sweeps and all(sweeps) else 'too many'} sweeps; mean cosine of two "
+        f"contexts {alike:.2f}, of the state before and after a step {same:.2f}")
     if same > 0.95:
         say("warning: identity mapping, the state hardly changes; raise --phase1-learning-rate")
     if alike > 0.95:
@@ -1408,25 +1408,16 @@ def report(run: Run, model: NewLLM, train: list[Dialogue], share: float):
 # ------------------------------------------------------------------------------------------------
 # 8. Phase 2: learn to predict the assistant's words
 
-def word_loss(model: NewLLM, ids: Tensor, y: Tensor, states: Optional[Tensor] = None,
-              joint: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Phase 2's loss on ids (N,), next tokens y (N,) and states (N, C), or on whole dialogues, ids
-    (B, T), y (B, T) being the mask of targets. The sum of losses, how many were right, how many.
-    """
-    if states is None:
-        with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
-            states = model.states(ids)
-        rows = y[:, 1:]
-        ids, y, states = ids[:, :-1][rows], ids[:, 1:][rows], states[:, :-1][rows]
+def rows_of(ids: Tensor, mask: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ids and mask (..., T) and states (..., T, C) the N targets, each with what comes before
+    it: tokens (N,), next tokens (N,), states (N, C)."""
+    at = mask[..., 1:]
+    return ids[..., :-1][at].long(), ids[..., 1:][at].long(), states[..., :-1, :][at]
+
+def word_loss(model: NewLLM, ids: Tensor, y: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+    """Phase 2's loss on rows_of() a text: its sum, how many were right, how many there are."""
     loss, correct = model.cross_entropy(model.hidden_states(ids, states), y)
     return loss, correct, correct.new_tensor(len(y))
-
-def rows_of(dialogues: list[Dialogue], states: dict[int, Tensor]) -> tuple[Tensor, ...]:
-    """Target tokens of the dialogues whose states are there: ids (N,), y (N,), states (N, C)."""
-    rows = [(d.ids[at], d.ids[at + 1], states[i][at]) for i, d in enumerate(dialogues)
-            if i in states for at in [d.mask[1:].nonzero()[:, 0]]]
-    ids, y, s = (torch.cat(column) for column in zip(*rows))
-    return ids.long(), y.long(), s
 
 @torch.no_grad()
 def evaluate(run: Run, model: NewLLM, dialogues: list[Dialogue]) -> tuple[float, float]:
@@ -1434,9 +1425,10 @@ def evaluate(run: Run, model: NewLLM, dialogues: list[Dialogue]) -> tuple[float,
     model.eval()
     sums = torch.zeros(3, device=run.device)
     for batch in batches_of(dialogues, share_of(dialogues), 8192):
+        ids, mask, _ = collate(dialogues, batch, run.device)
         with run.autocast():
-            sums += torch.stack([v.float() for v in word_loss(
-                model, *collate(dialogues, batch, run.device)[:2])])
+            found = word_loss(model, *rows_of(ids, mask, model.states(ids)))
+        sums += torch.stack([v.float() for v in found])
     model.train()
     loss, correct, count = global_sum(sums).tolist()
     return loss / count, correct / count
@@ -1450,7 +1442,9 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and (
         config.joint or not name.startswith(("cell.", "context_embed.")))}
     optimizer = run.optimizer(trained, config.learning_rate, per, config.embedding_rate)
-    rows, own = rows_of(train, states) if states else None, set(share_of(train))
+    rows = [torch.cat(column) for column in zip(*(rows_of(*train[i], states[i])
+                                                  for i in sorted(states)))]
+    own = set(share_of(train))
     batches = batches_of(train, range(len(train)), per)
     steps = -(-targets(train) // per) if rows else len(batches)
     epoch, step, waited, best, figures, best_figures = 0, 0, 0, math.inf, {}, {}
@@ -1467,9 +1461,15 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         ("taken from the cache" if rows else "recomputed for each batch")))
     start, tokens, first = time.perf_counter(), 0, epoch
 
-    def loss(*part):
+    def loss(some):
+        if rows:
+            part = [column[some].to(device) for column in rows]
+        else:
+            ids, mask, _ = collate(train, some, device)
+            with torch.set_grad_enabled(config.joint):
+                part = rows_of(ids, mask, model.states(ids))
         with run.autocast():
-            return word_loss(model, *part, joint=config.joint)
+            return word_loss(model, *part)
 
     def save(name="last.safetensors"):
         run.save(name, model, optimizer, dict(sums=sums), phase=2, val_loss=figures.get("val_loss"),
@@ -1489,14 +1489,9 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             count = len(share) if rows else targets([train[i] for i in share])
             count = int(global_sum(torch.tensor(count, device=device)))
 
-            def batch(parts):
-                for some in (share[j::parts] for j in range(parts)):
-                    if len(some):
-                        yield ([column[some].to(device) for column in rows] if rows
-                               else collate(train, some, device)[:2])
             done = epoch * steps + step
             sums += run.step(optimizer, config.learning_rate, done / (config.epochs * steps), done,
-                             loss, batch, count)
+                             loss, share, count)
             step, tokens = step + 1, tokens + count
             if step < steps:
                 run.safe_point(save, f"step {step} of {steps} in epoch {epoch + 1}")
@@ -1561,7 +1556,8 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
     if resumed is None:
         with first_on_its_machine():
             model = make_model(config, train)
-        if (old := [*out.glob("*.safetensors")]) and rank() == 0:
+        old = [*out.glob("epoch-*.safetensors"), *out.glob("last.safetensors")]
+        if old and rank() == 0:
             shelf = out / time.strftime("before-%Y%m%d-%H%M%S")
             shelf.mkdir()
             for path in old:
@@ -1569,6 +1565,9 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
             say(f"checkpoints of an earlier run were moved to {shelf}")
     else:
         model = model_of(*resumed, out / "last.safetensors")
+    if len(train) < world_size():
+        raise UserError(f"{len(train)} dialogues cannot be dealt out to {world_size()} processes; "
+                        f"raise --samples, or start fewer")
     model.to(run.device)
     same_everywhere(model)
     count = {name: p.numel() for name, p in model.named_parameters()}
@@ -1615,7 +1614,11 @@ def earlier_run(config: Config, asked: dict) -> tuple[Config, tuple[dict, dict]]
         raise UserError(f"--resume: there is no {path}; train first, name its folder with --out, "
                         f"or copy it from the first machine")
     tensors, notes = load_tensors(path)
-    old = Config(**notes["config"])
+    try:
+        old = Config(**notes["config"])
+    except (KeyError, TypeError) as e:
+        raise UserError(f"--resume: {path} is of another version of New-LLM ({cause(e)}); train "
+                        f"anew in another --out") from None
     for name, value in asked.items():
         if name not in MAY_CHANGE and value != getattr(old, name):
             raise UserError(f"--resume: {path} was trained with {flag_of(name)} "

@@ -582,6 +582,8 @@ BAD = {
     "no number": (lambda: ["--hidden-dim", "many"], "invalid int value: 'many'"),
     "not a number": (lambda: ["--learning-rate", "nan"], "--learning-rate nan"),
     "an unknown flag": (lambda: ["--layers", "2"], "unrecognized arguments: --layers"),
+    "an empty data name": (lambda: ["--data", ""], "give a file, or a dataset's name"),
+    "a device's number that is none": (lambda: ["--device", "cpu:x"], "--device cpu:x"),
     "a seed too large": (lambda: ["--seed", "9" * 20], "give a number below"),
     "an unknown preset": (lambda: ["--huge"], "unrecognized arguments: --huge"),
     "two presets": (lambda: ["--small", "--medium"], "not allowed with"),
@@ -966,11 +968,12 @@ def bench_phase2(preset, device, rows, counts):
     model = NewLLM(50304, 256, C, H, layers).to(device)
     ids = torch.randint(0, 50257, (4, 256), device=device)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    flat, states = ids[:, :-1].flatten(), torch.randn(1020, C, device=device)
+    cached = torch.randn(4, 256, C, device=device)
     for joint in (False, True):
-        args = (ids, mask) if joint else (flat, ids[:, 1:].flatten(), states)
-        seconds = median(lambda: newllm.word_loss(model, *args, joint=joint)[0].backward(), device,
-                         3)
+        def once():
+            rows = newllm.rows_of(ids, mask, model.states(ids) if joint else cached)
+            newllm.word_loss(model, *rows)[0].backward()
+        seconds = median(once, device, 3)
         rows.append(dict(table=3, what="joint" if joint else "frozen", tokens_per_s=1020 / seconds))
         print(f"{'joint' if joint else 'frozen contexts':20s} {1020 / seconds:9,.0f} "
               f"target tokens/s")
