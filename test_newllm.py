@@ -543,7 +543,7 @@ def test_the_comparison_trains_every_model_and_reports_on_dialogues_it_did_not_c
         monkeypatch, capsys):
     monkeypatch.setattr(newllm, "say", newllm.say)  # compare() silences it
     write_dialogues(Path("chat.jsonl"), [(f"say {k}", f"{k} it is") for k in range(60)])
-    compare("chat.jsonl", 2000, 2, KINDS, [0.1], [1], "cpu", None)
+    compare("chat.jsonl", 2000, 2, KINDS, [0.1], [1], "cpu", None, dtype="float32")
     said = capsys.readouterr().out
     parts, V = split_file("chat.jsonl", 2000)
     texts = [{tuple(d.ids.tolist()) for d in part} for part in parts]
@@ -1139,7 +1139,10 @@ class Baseline(nn.Module):
         self.out, self.norm = nn.Linear(width, E), nn.LayerNorm(E)
 
     def states(self, ids, state=None):
-        x = F.layer_norm(self.embed(ids), (self.embed.embedding_dim,))
+        with torch.autocast(ids.device.type, enabled=False):  # in float32, as New-LLM's are
+            return self.states_of(F.layer_norm(self.embed(ids), (self.embed.embedding_dim,)), ids)
+
+    def states_of(self, x, ids):
         if self.kind == "GRU":
             return self.cell(self.dropout(x))[0]
         x = self.dropout(x + self.cell["position"].weight[:ids.shape[1]])
@@ -1168,13 +1171,13 @@ def split_file(path, tokens):
     return [[newllm.Dialogue(next(new), d.mask) for d in part] for part in parts], len(used)
 
 
-def train_one(kind, dropout, seed, parts, V, epochs, folder, device):
+def train_one(kind, dropout, seed, parts, V, epochs, folder, device, **changes):
     """Train one model; the test loss of its best epoch on validation data, and what it took."""
     train, val, test = parts
     config = Config(**newllm.PRESETS["large"] | dict(
         num_layers=1, hidden_dim=512, max_len=512, batch_tokens=2048, dropout=dropout, seed=seed,
         epochs=epochs, patience=2, out=str(folder / "out"), cache=str(folder / "cache"),
-        embeddings="learned", device=device, dtype="float32") | (KINDS | ABLATIONS)[kind])
+        embeddings="learned", device=device, cache_gb=8.0) | changes | (KINDS | ABLATIONS)[kind])
     for old in (folder / "out").glob("*"):
         old.unlink()
     torch.manual_seed(seed)
@@ -1196,7 +1199,7 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device):
                 seconds=time.perf_counter() - start, parameters=inside, log=log)
 
 
-def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot):
+def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot, **changes):
     """The table of README's comparison. Dropout and epoch are chosen on validation data."""
     import tempfile
     newllm.say, say = (lambda text: None), print
@@ -1208,11 +1211,11 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot):
     rows = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
-            tried = [train_one(kind, d, seeds[0], parts, V, epochs, Path(folder), device)
-                     for d in dropouts]
+            tried = [train_one(kind, d, seeds[0], parts, V, epochs, Path(folder), device,
+                               **changes) for d in dropouts]
             best = min(tried, key=lambda r: r["val"])
             runs = [best] + [train_one(kind, best["dropout"], s, parts, V, epochs, Path(folder),
-                                       device) for s in seeds[1:]]
+                                       device, **changes) for s in seeds[1:]]
         test = torch.tensor([r["test"] for r in runs]).exp()
         state = dict(GRU=(600 * 4,) * 2, Transformer=(
             2 * 2 * 256 * 4 * 1000, 2 * 2 * 256 * 4 * 100_000)).get(kind, (512 * 4,) * 2)
@@ -1255,6 +1258,8 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=100_000, help="training tokens")
     parser.add_argument("--epochs", type=int, default=8,
                         help="of Phase 2 and of the baselines, at most")
+    parser.add_argument("--iterations", type=int, default=8, help="of Phase 1, at most")
+    parser.add_argument("--dtype", default="float32", help="of all but states, for all models")
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--models", nargs="+", choices=[*KINDS, *ABLATIONS],
@@ -1270,7 +1275,8 @@ if __name__ == "__main__":
         ask(options.ask)
     elif options.compare:
         compare(options.compare, options.tokens, options.epochs, options.models, options.dropouts,
-                options.seeds, options.device, options.plot)
+                options.seeds, options.device, options.plot, iterations=options.iterations,
+                dtype=options.dtype)
     else:
         figures = benchmark(options.quick, newllm.pick_device(options.device))
         if options.json:
