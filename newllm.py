@@ -897,9 +897,9 @@ def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
     except UserError as e:
         if config.embeddings != "auto":
             raise
-        say(f"embeddings: {e}; learned instead (E = {E}), which costs {known * E / 1e6:.1f}M "
-            f"trained parameters a table and all that GPT-2 knows; words that the training text "
-            f"lacks stay unknown")
+        say(f"embeddings: {e}; learned instead (E = {E}), which costs {known * E:,} trained "
+            f"parameters a table and all that GPT-2 knows; words that the training text lacks stay "
+            f"unknown")
     torch.manual_seed(config.seed)
     settings = {name: getattr(config, name) for name in (
         "context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout", "cell",
