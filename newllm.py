@@ -530,8 +530,7 @@ def chunked(x: Tensor, L: int) -> Tensor:
     return F.pad(x, (0, 0, 0, n * L - T)).reshape(B * n, L, D)
 
 def chunk_length(T: int, device: torch.device) -> int:
-    """Tokens per chunk: about sqrt(T) / 2 on a CPU; short on a GPU, where every step is a launch.
-    """
+    """Tokens per chunk: about sqrt(T) / 2 on a CPU; few on a GPU, where every step is a launch."""
     return 16 if device.type == "cuda" else 2 ** max(4, math.ceil(math.log2(T) / 2) - 1)
 
 def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None, tol: float = 5e-5,
@@ -1454,9 +1453,8 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         run.restore(*resumed, optimizer)
         epoch, step, waited, best, figures = resumed[1]["progress"]
         sums, best = resumed[0]["sums"], math.inf if best is None else best
-    else:
-        if model.context_embed is not None:  # what Phase 1 learned is a good start for the head
-            model.embed.weight.data.copy_(model.context_embed.weight)
+    elif model.context_embed is not None:  # what Phase 1 learned is a good start for the head
+        model.embed.weight.data.copy_(model.context_embed.weight)
     say(f"phase 2: {targets(train):,} target tokens, {steps} optimizer steps per epoch; " + (
         "context and token block learn together" if config.joint else "contexts frozen, " +
         ("taken from the cache" if rows else "recomputed for each batch")))
@@ -1476,10 +1474,13 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         run.save(name, model, optimizer, dict(sums=sums), phase=2, val_loss=figures.get("val_loss"),
                  progress=[epoch, step, waited, best if best < math.inf else None, figures])
 
+    def over():
+        return epoch >= config.epochs or 0 < config.patience <= waited
+
     model.train()
-    if 0 < config.patience <= waited:  # asked for at --resume: from now on the best is to chat with
+    if over():  # resumed at its end: the config may be new, and says which epoch to chat with
         save()
-    while epoch < config.epochs and not (config.patience and waited >= config.patience):
+    while not over():
         generator = torch.Generator().manual_seed(config.seed * 10007 + epoch)
         if rows:
             shares = torch.randperm(len(rows[0]), generator=generator).tensor_split(steps)
@@ -1489,7 +1490,6 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         for share in tqdm(shares[step:], f"epoch {epoch + 1}", disable=quiet(), leave=False):
             count = len(share) if rows else targets([train[i] for i in share])
             count = int(global_sum(torch.tensor(count, device=device)))
-
             done = epoch * steps + step
             sums += run.step(optimizer, config.learning_rate, done / (config.epochs * steps), done,
                              loss, share, count)
@@ -1516,9 +1516,8 @@ def phase2(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             by_loss = sorted(Path(config.out).glob("epoch-*.safetensors"), key=val_loss_of)
             for path in by_loss[3:] if rank() == 0 else []:
                 path.unlink()
-        over = epoch == config.epochs or 0 < config.patience <= waited
         run.safe_point(save, f"epoch {epoch} of phase 2",
-                       0 < config.stop_after <= epoch - first and not over, over)
+                       0 < config.stop_after <= epoch - first and not over(), over())
     return best_figures or figures
 
 # ------------------------------------------------------------------------------------------------
@@ -1553,6 +1552,9 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
     train, val = prepare(config, tokenizer)
     if config.show_data:
         return show_data(train[:config.show_data], tokenizer), {}
+    if len(train) < world_size():
+        raise UserError(f"{len(train)} dialogues cannot be dealt out to {world_size()} processes; "
+                        f"raise --samples, or start fewer")
     run = Run(config)
     if resumed is None:
         with first_on_its_machine():
@@ -1566,9 +1568,6 @@ def train_model(config: Config, resumed=None) -> tuple[Optional[NewLLM], dict]:
             say(f"checkpoints of an earlier run were moved to {shelf}")
     else:
         model = model_of(*resumed, out / "last.safetensors")
-    if len(train) < world_size():
-        raise UserError(f"{len(train)} dialogues cannot be dealt out to {world_size()} processes; "
-                        f"raise --samples, or start fewer")
     model.to(run.device)
     same_everywhere(model)
     count = {name: p.numel() for name, p in model.named_parameters()}

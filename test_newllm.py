@@ -83,6 +83,14 @@ def losses(output):
     return re.findall(r"train loss ([\d.]+).*?val loss ([\d.]+)", output)
 
 
+def learnt(model, words=None):
+    """How many of the ten questions of --small get the shipped answer, or its first words."""
+    records = [json.loads(line) for line in
+               (REPO / "data/chats.jsonl").read_text("utf-8").splitlines()[:10]]
+    return sum(newllm.generate(model, r["prompt"]).split()[:words] ==
+               r["messages"][1]["content"].split()[:words] for r in records)
+
+
 def write_dialogues(path, pairs):
     path.write_text("".join(json.dumps(dict(messages=[dict(role="user", content=q),
                                                       dict(role="assistant", content=a)]))
@@ -361,12 +369,8 @@ def small_run(tmp_path_factory):
 
 def test_it_learns_what_it_is_shown_and_chat_sees_the_same_contexts_as_training(small_run):
     folder, said = small_run
-    records = [json.loads(line) for line in
-               (REPO / "data/chats.jsonl").read_text("utf-8").splitlines()[:10]]
     model, _ = newllm.load_model(newllm.best_checkpoint(folder / "checkpoints"))
-    right = sum(newllm.generate(model, r["prompt"]).split() ==
-                r["messages"][1]["content"].split() for r in records)
-    accuracy = float(re.findall(r"accuracy ([\d.]+)%", said)[-2])
+    right, accuracy = learnt(model), float(re.findall(r"accuracy ([\d.]+)%", said)[-2])
     assert right >= 8 and accuracy >= 95, (right, accuracy)
 
 
@@ -654,9 +658,7 @@ def test_on_frozen_embeddings_it_learns_what_it_is_shown_also_after_a_joint_run(
     said = run_newllm(*args, "--epochs", "20")
     assert "phase 1: done before" in said and "taken from the cache" in said
     model, _ = newllm.load_model(newllm.best_checkpoint(Path("checkpoints")))
-    asked = [json.loads(line) for line in (REPO / "data/chats.jsonl").open(encoding="utf-8")][:10]
-    answers = [newllm.generate(model, r["prompt"]).split()[:3] for r in asked]
-    assert sum(a == r["messages"][1]["content"].split()[:3] for a, r in zip(answers, asked)) >= 8
+    assert learnt(model, words=3) >= 8
 
 
 # --- several processes
@@ -1211,11 +1213,12 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot, **change
     rows = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
-            tried = [train_one(kind, d, seeds[0], parts, V, epochs, Path(folder), device,
-                               **changes) for d in dropouts]
+            def trained(dropout, seed):
+                return train_one(kind, dropout, seed, parts, V, epochs, Path(folder), device,
+                                 **changes)
+            tried = [trained(dropout, seeds[0]) for dropout in dropouts]
             best = min(tried, key=lambda r: r["val"])
-            runs = [best] + [train_one(kind, best["dropout"], s, parts, V, epochs, Path(folder),
-                                       device, **changes) for s in seeds[1:]]
+            runs = [best] + [trained(best["dropout"], seed) for seed in seeds[1:]]
         test = torch.tensor([r["test"] for r in runs]).exp()
         state = dict(GRU=(600 * 4,) * 2, Transformer=(
             2 * 2 * 256 * 4 * 1000, 2 * 2 * 256 * 4 * 100_000)).get(kind, (512 * 4,) * 2)
