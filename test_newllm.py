@@ -1186,19 +1186,23 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device, **changes):
     model = (Baseline(kind, V, dropout) if kind in ("GRU", "Transformer") else
              NewLLM(V, 256, 512, 512, 1, dropout=dropout, cell=config.cell,
                     embeddings="shared" if config.joint else "separate"))
-    run, start = newllm.Run(config), time.perf_counter()
+    run, log, start = newllm.Run(config), dict(phase1=[], phase2=[]), time.perf_counter()
+    run.log = lambda phase, number, **f: log[phase].append((number, f.get("val_loss")))
     model.to(run.device)
     states = newllm.phase1(run, model, train, val) if config.iterations or not config.joint else {}
-    log = []
-    run.log = lambda phase, epoch, **f: log.append((epoch, f["val_loss"]))
+    took = folder / f"{seed}.json"  # another dropout finds this seed's Phase 1 done: it counts too
+    if not took.exists():
+        took.write_text(json.dumps([len(log["phase1"]), time.perf_counter() - start]))
+    (passes, seconds), start = json.loads(took.read_text()), time.perf_counter()
     newllm.phase2(run, model, train, val, {} if config.joint else states)
+    seconds += time.perf_counter() - start
     best = min((folder / "out").glob("epoch-*"), key=newllm.val_loss_of)
     model.load_state_dict(newllm.part_of(newllm.load_tensors(best, "model/")[0], "model"))
     loss, accuracy = newllm.evaluate(run, model, test)
     inside = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
     return dict(kind=kind, dropout=dropout, seed=seed, val=newllm.val_loss_of(best), test=loss,
-                accuracy=accuracy, passes=config.iterations, epoch=int(best.name.split("-")[1]),
-                seconds=time.perf_counter() - start, parameters=inside, log=log)
+                accuracy=accuracy, passes=passes, epoch=int(best.name.split("-")[1]),
+                seconds=seconds, parameters=inside, log=log["phase2"])
 
 
 def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot, **changes):
@@ -1222,11 +1226,13 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot, **change
         test = torch.tensor([r["test"] for r in runs]).exp()
         state = dict(GRU=(600 * 4,) * 2, Transformer=(
             2 * 2 * 256 * 4 * 1000, 2 * 2 * 256 * 4 * 100_000)).get(kind, (512 * 4,) * 2)
-        passes = best["epoch"] + best["passes"]
+        passes, all_passes = best["passes"] + best["epoch"], best["passes"] + len(best["log"])
         say(f"{kind:27s} | test PPL {test.mean():6.1f} (" + ", ".join(f"{v:.1f}" for v in test) +
-            f") | accuracy {sum(r['accuracy'] for r in runs) / len(runs):.1%} | dropout "
-            f"{best['dropout']}, epoch {best['epoch']}, at most {passes * count[0]:,} tokens seen "
-            f"in {best['seconds']:.0f} s | {best['parameters']:,} parameters | memory at token "
+            f") | accuracy {sum(r['accuracy'] for r in runs) / len(runs):.1%} (" +
+            ", ".join(f"{r['accuracy']:.1%}" for r in runs) + f") | dropout {best['dropout']}, "
+            f"epoch {best['epoch']}: {passes * count[0]:,} tokens seen, {best['passes']} times in "
+            f"Phase 1 | {all_passes * count[0] / best['seconds']:,.0f} tokens/s, all epochs in "
+            f"{best['seconds']:.0f} s | {best['parameters']:,} parameters | memory at token "
             f"1,000: {state[0]:,} bytes, at 100,000: {state[1]:,} | all val PPL: " +
             ", ".join(f"{r['dropout']}: {torch.tensor(r['val']).exp():.1f}" for r in tried))
         sys.stdout.flush()
