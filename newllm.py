@@ -90,6 +90,8 @@ class Config:
     contrast_on: str = option("answers", "next words to tell apart", ("answers", "everything"))
     negatives: int = option(1023, "wrong next tokens to tell the right one from")
     contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
+    word_dropout: float = option(0.0, "share of the tokens hidden from the context block; falls to "
+                                 "0 with the learning rate", least=0)
     phase1_watch: str = option("training", "whose contrast has to gain for Phase 1 to go on",
                                ("training", "held-out"))
     threshold: float = option(0.01, "a context that changes less, mean squared, has converged")
@@ -123,8 +125,8 @@ PRESETS = {
     "large": dict(  # the best epoch on dialogues it has not seen
         data="ultrachat", samples=1000, val_samples=100, max_len=1024, num_layers=4,
         context_dim=512, hidden_dim=1024, dropout=0.1, iterations=8, epochs=10, patience=3,
-        contrast_on="everything", phase1_watch="held-out", learning_rate=2e-3, embedding_rate=0.2,
-        batch_tokens=8192, weight_decay=0.01),
+        contrast_on="everything", word_dropout=0.3, phase1_watch="held-out", learning_rate=2e-3,
+        embedding_rate=0.2, batch_tokens=8192, weight_decay=0.01),
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "tensorboard"}
 PHASE_2_ONLY = MAY_CHANGE | {  # what Phase 1 does not depend on (the data's content it does)
@@ -141,8 +143,9 @@ def check(config: Config) -> Config:
         if f.type in (int, float) and not (value > 0 if least is None else value >= least):
             raise UserError(f"{flag_of(f.name)} {value}: give a number "
                             + ("above 0" if least is None else f"of at least {least}"))
-    if config.dropout >= 1 or config.diversity_weight > 1:
-        raise UserError("--dropout must be below 1, --diversity-weight at most 1")
+    if max(config.dropout, config.word_dropout) >= 1 or config.diversity_weight > 1:
+        raise UserError("--dropout and --word-dropout must be below 1, --diversity-weight at most "
+                        "1")
     if not Path(config.data).name:
         raise UserError(f"--data {config.data!r}: give a file, or a dataset's name")
     if config.seed >= 2 ** 31:
@@ -711,23 +714,26 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         """x: ids (...) -> (..., E), normalised."""
         return F.layer_norm(table(self.row_of[ids]), (table.embedding_dim,))
 
-    def token_share(self, input_ids: Tensor) -> Tensor:
-        """u: what the tokens (B, T) add to the context block's first layer; no recurrence in it."""
-        return self.cell.token_in(self.embedded(self.context_table(), input_ids))
+    def token_share(self, input_ids: Tensor, shown: Optional[Tensor] = None) -> Tensor:
+        """u: what the tokens (B, T) add to the context block's first layer; no recurrence in it.
+        Where shown (B, T) is False, nothing is read."""
+        x = self.embedded(self.context_table(), input_ids)
+        return self.cell.token_in(x if shown is None else x * shown[..., None])
 
     def contexts(self, states: Tensor) -> Tensor:
         """c = LayerNorm(s): states (..., C) -> contexts (..., C) of zero mean and unit variance."""
         return F.layer_norm(states, states.shape[-1:])
 
     def states(self, input_ids: Tensor, state: Optional[Tensor] = None,
-               guess: Optional[Tensor] = None) -> Tensor:
+               guess: Optional[Tensor] = None, shown: Optional[Tensor] = None) -> Tensor:
         """Context block: ids (B, T), state (B, C) or None for zeros -> states (B, T, C), float32.
 
-        solver="auto": on a CPU the loop wins once some dialogues are walked side by side (table 1
-        of python test_newllm.py); on a GPU every one of its steps is a launch.
+        guess (B, T, C): as in solve(); shown (B, T): as in token_share(). solver="auto": on a CPU
+        the loop wins once some dialogues are walked side by side (table 1 of python
+        test_newllm.py); on a GPU every one of its steps is a launch.
         """
         with torch.autocast(input_ids.device.type, enabled=False):
-            u = self.token_share(input_ids)
+            u = self.token_share(input_ids, shown)
             s = u.new_zeros(len(u), self.cell.C) if state is None else state.float()
             wanted = self.solver == "parallel" or self.solver == "auto" and (u.is_cuda
                                                                              or len(u) <= 4)
@@ -1233,13 +1239,16 @@ class ContextLoss(nn.Module):
         return F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
 
     def forward(self, numbers: list[int], ids: Tensor, mask: Tensor, real: Tensor,
-                previous: Optional[Tensor], negatives: Tensor, tokens: int, told: int
-                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                previous: Optional[Tensor], negatives: Tensor, tokens: int, told: int,
+                hidden: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For some dialogues of a batch of so many `tokens`, of which so many are to be `told`:
         their share of the loss, sums of changes and of the diversity, and how many tokens
-        converged. previous (B, T, C): the last iteration's states.
+        converged. previous (B, T, C): the last iteration's states. hidden: share of tokens that the
+        context block is not shown, so that it cannot know the text by heart (word dropout:
+        Bowman et al. 2016).
         """
-        states, w = self.model.states(ids, guess=previous), self.config.diversity_weight
+        shown = torch.rand(ids.shape, device=ids.device) >= hidden if hidden else None
+        states, w = self.model.states(ids, None, previous, shown), self.config.diversity_weight
         self.found |= {i: s[r].detach() for i, s, r in zip(numbers, states, real)}
         c, change, converged = self.model.contexts(states), states.new_zeros(1), real.new_zeros(1)
         if previous is not None:
@@ -1338,7 +1347,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             def part(some):
                 return loss(some, *collate(train, some, device),
                             pad([states[i] for i in some], device) if states else None,
-                            after[chosen].to(device), tokens, told)
+                            after[chosen].to(device), tokens, told, config.word_dropout *
+                            optimizer.param_groups[0]["lr"] / config.phase1_learning_rate)
             done = (iteration - 1) * len(batches) + number
             sums += run.step(optimizer, factor * config.phase1_learning_rate,
                              done / (config.iterations * len(batches)), done, part, mine,

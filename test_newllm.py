@@ -319,6 +319,15 @@ def test_no_dialogue_is_both_trained_on_and_validated_on(tmp_path):
     assert not {tuple(d.ids.tolist()) for d in train} & {tuple(d.ids.tolist()) for d in val}
 
 
+def test_a_hidden_word_leaves_no_trace_in_the_contexts():
+    model, ids = tiny(), torch.randint(30, (2, 40))
+    shown = torch.rand(2, 40) < 0.7
+    others = torch.where(shown, ids, (ids + 1) % 30)
+    hidden, same, whole = (model.states(ids, shown=shown), model.states(others, shown=shown),
+                           model.states(ids))
+    assert torch.equal(hidden, same) and (hidden - whole).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("what", ["answers", "everything"])
 def test_phase_1_asks_the_contexts_before_an_answers_words_or_all_of_them(what):
     tokenizer, config = Tokenizer(), Config(contrast_on=what, context_dim=24, hidden_dim=32)
@@ -458,8 +467,8 @@ def test_patience_asked_for_later_makes_the_best_epoch_the_one_to_chat_with():
 
 
 def test_ctrl_c_saves_in_either_phase_and_the_run_goes_on_to_the_same_losses():
-    whole = losses(run_newllm(*TINY, "--out", "whole"))
-    found = []
+    args = [*TINY, "--word-dropout", "0.3"]
+    whole, found = losses(run_newllm(*args, "--out", "whole")), []
     for cache, sign in enumerate(("iteration   2", "epoch   2")):
         def interrupt_at(text, sign=sign, say=newllm.say):
             say(text)
@@ -467,7 +476,7 @@ def test_ctrl_c_saves_in_either_phase_and_the_run_goes_on_to_the_same_losses():
                 os.kill(os.getpid(), signal.SIGINT)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(newllm, "say", interrupt_at)
-            said = run_newllm(*TINY, "--out", "stopped", "--cache", f"cache{cache}")
+            said = run_newllm(*args, "--out", "stopped", "--cache", f"cache{cache}")
         assert "go on with: python newllm.py" in said
         found.append(losses(said) + losses(run_newllm("--out", "stopped", "--resume",
                                                       "--cache", f"cache{cache}")))
@@ -491,7 +500,8 @@ def test_an_earlier_runs_checkpoints_are_not_lost():
 @pytest.mark.parametrize("args", [
     ["--joint"], ["--cell", "original"], ["--diversity", "norm"], ["--solver", "parallel"],
     ["--diversity", "logdet"], ["--cache-gb", "0.00001"], ["--iterations", "0"],
-    ["--num-layers", "3", "--token-input-all-layers"], ["--dtype", "bfloat16"]])
+    ["--num-layers", "3", "--token-input-all-layers"], ["--dtype", "bfloat16"],
+    ["--word-dropout", "0.5"]])
 def test_every_way_of_training_learns(args):
     found = losses(run_newllm(*TINY, *args, "--learning-rate", "1e-2"))
     assert float(found[-1][0]) < float(found[0][0])
@@ -1268,6 +1278,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=8,
                         help="of Phase 2 and of the baselines, at most")
     parser.add_argument("--iterations", type=int, default=8, help="of Phase 1, at most")
+    parser.add_argument("--word-dropout", type=float, help="of Phase 1, if not the preset's",
+                        default=newllm.PRESETS["large"]["word_dropout"])
     parser.add_argument("--dtype", default="float32", help="of all but states, for all models")
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -1285,7 +1297,7 @@ if __name__ == "__main__":
     elif options.compare:
         compare(options.compare, options.tokens, options.epochs, options.models, options.dropouts,
                 options.seeds, options.device, options.plot, iterations=options.iterations,
-                dtype=options.dtype)
+                word_dropout=options.word_dropout, dtype=options.dtype)
     else:
         figures = benchmark(options.quick, newllm.pick_device(options.device))
         if options.json:
