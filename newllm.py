@@ -89,6 +89,8 @@ class Config:
     diversity_weight: float = option(0.9, "w, 0 to 1, in (1 - w) change + w diversity", least=0)
     contrast_on: str = option("answers", "next words to tell apart", ("answers", "everything"))
     negatives: int = option(1023, "wrong next tokens to tell the right one from")
+    negatives_power: float = option(1.0, "of their counts, by which they are drawn; below 1, rare "
+                                    "ones more often", least=0)
     contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
     word_dropout: float = option(0.0, "share of the tokens hidden from the context block; falls to "
                                  "0 with the learning rate", least=0)
@@ -124,9 +126,9 @@ PRESETS = {
         batch_tokens=512),
     "large": dict(  # the best epoch on dialogues it has not seen
         data="ultrachat", samples=1000, val_samples=100, max_len=1024, num_layers=4,
-        context_dim=512, hidden_dim=1024, dropout=0.1, iterations=8, epochs=10, patience=3,
-        contrast_on="everything", word_dropout=0.3, phase1_watch="held-out", learning_rate=2e-3,
-        embedding_rate=0.2, batch_tokens=8192, weight_decay=0.01),
+        context_dim=512, hidden_dim=1024, dropout=0.1, iterations=12, epochs=10, patience=3,
+        contrast_on="everything", negatives_power=0.5, word_dropout=0.3, phase1_watch="held-out",
+        learning_rate=2e-3, embedding_rate=0.2, batch_tokens=8192, weight_decay=0.01),
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "tensorboard"}
 PHASE_2_ONLY = MAY_CHANGE | {  # what Phase 1 does not depend on (the data's content it does)
@@ -1225,7 +1227,8 @@ class ContextLoss(nn.Module):
 
         ids, mask, real (B, T) as from collate(), c (B, T, C), negatives (M,) token ids. A
         contrastive loss is alignment + uniformity (Wang & Isola 2020): uniformity is diversity,
-        but spent on what tells tokens.
+        but spent on what tells tokens. Negatives drawn by a power of their count: word2vec
+        (Mikolov et al. 2013).
         """
         table, rows = self.model.context_table(), self.model.row_of[ids]
         after = (real & (mask | self.everything) & (rows < self.model.known))[:, 1:]
@@ -1330,6 +1333,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         if world_size() > 1 or len(states) < len(train):  # only the first process's were saved
             states = cached_states(run, model, train)
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
+    counts = torch.bincount(torch.cat([loss.told(d) for d in train]))
+    wanted = (counts / counts.max()) ** config.negatives_power * (counts > 0)
     for iteration in range(first, config.iterations + 1):
         start, sums, order = time.perf_counter(), torch.zeros(4), list(range(len(batches)))
         all_told = 0
@@ -1338,16 +1343,15 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(),
                                         leave=False)):
             mine, loss.found = [i for i in batches[k] if i in own], {}
-            after = torch.cat([loss.told(train[i]) for i in batches[k]]).long()
-            chosen = torch.randperm(len(after), generator=generator)[:config.negatives]
+            negatives = torch.multinomial(wanted, config.negatives, True, generator=generator)
             tokens = sum(len(train[i].ids) for i in batches[k])
-            told = len(after) if contrasts else tokens
+            told = sum(len(loss.told(train[i])) for i in batches[k]) if contrasts else tokens
             all_told += told
 
             def part(some):
                 return loss(some, *collate(train, some, device),
                             pad([states[i] for i in some], device) if states else None,
-                            after[chosen].to(device), tokens, told, config.word_dropout *
+                            negatives.to(device), tokens, told, config.word_dropout *
                             optimizer.param_groups[0]["lr"] / config.phase1_learning_rate)
             done = (iteration - 1) * len(batches) + number
             sums += run.step(optimizer, factor * config.phase1_learning_rate,

@@ -501,7 +501,7 @@ def test_an_earlier_runs_checkpoints_are_not_lost():
     ["--joint"], ["--cell", "original"], ["--diversity", "norm"], ["--solver", "parallel"],
     ["--diversity", "logdet"], ["--cache-gb", "0.00001"], ["--iterations", "0"],
     ["--num-layers", "3", "--token-input-all-layers"], ["--dtype", "bfloat16"],
-    ["--word-dropout", "0.5"]])
+    ["--word-dropout", "0.5"], ["--negatives-power", "0.5"]])
 def test_every_way_of_training_learns(args):
     found = losses(run_newllm(*TINY, *args, "--learning-rate", "1e-2"))
     assert float(found[-1][0]) < float(found[0][0])
@@ -557,11 +557,12 @@ def test_the_comparison_trains_every_model_and_reports_on_dialogues_it_did_not_c
         monkeypatch, capsys):
     monkeypatch.setattr(newllm, "say", newllm.say)  # compare() silences it
     write_dialogues(Path("chat.jsonl"), [(f"say {k}", f"{k} it is") for k in range(60)])
-    compare("chat.jsonl", 2000, 2, KINDS, [0.1], [1], "cpu", None, dtype="float32")
+    compare("chat.jsonl", 2000, [1, 2], KINDS, [0.1], [1], "cpu", None, dtype="float32")
     said = capsys.readouterr().out
     parts, V = split_file("chat.jsonl", 2000)
     texts = [{tuple(d.ids.tolist()) for d in part} for part in parts]
     assert all(f"\n{kind} " in said for kind in KINDS) and V < 200
+    assert said.count("0.1 and 1 epochs: ") == said.count("0.1 and 2 epochs: ") == len(KINDS)
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
     sizes = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", said)]
     assert len(sizes) == len(KINDS) and max(sizes) / min(sizes) < 1.05
@@ -1210,29 +1211,31 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device, **changes):
     model.load_state_dict(newllm.part_of(newllm.load_tensors(best, "model/")[0], "model"))
     loss, accuracy = newllm.evaluate(run, model, test)
     inside = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
-    return dict(kind=kind, dropout=dropout, seed=seed, val=newllm.val_loss_of(best), test=loss,
-                accuracy=accuracy, passes=passes, epoch=int(best.name.split("-")[1]),
-                seconds=seconds, parameters=inside, log=log["phase2"])
+    return dict(kind=kind, dropout=dropout, seed=seed, epochs=epochs, seconds=seconds,
+                val=newllm.val_loss_of(best), test=loss, accuracy=accuracy, passes=passes,
+                epoch=int(best.name.split("-")[1]), parameters=inside, log=log["phase2"])
 
 
 def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot, **changes):
-    """The table of README's comparison. Dropout and epoch are chosen on validation data."""
+    """The table of README's comparison. For each model, dropout, the number of epochs planned (over
+    which the learning rate falls) and the epoch are chosen on validation data."""
     import tempfile
     newllm.say, say = (lambda text: None), print
     parts, V = split_file(path, tokens)
     count = [sum(len(d.ids) for d in part) for part in parts]
     say(f"{machine()}\n{path}: {count[0]:,} training tokens ({newllm.targets(parts[0]):,} "
         f"targets), {count[1]:,} to choose with, {count[2]:,} to report on; {V:,} different "
-        f"tokens; at most {epochs} epochs")
+        f"tokens; epochs planned: {', '.join(map(str, epochs))}")
     rows = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
-            def trained(dropout, seed):
-                return train_one(kind, dropout, seed, parts, V, epochs, Path(folder), device,
+            def trained(dropout, planned, seed):
+                return train_one(kind, dropout, seed, parts, V, planned, Path(folder), device,
                                  **changes)
-            tried = [trained(dropout, seeds[0]) for dropout in dropouts]
+            tried = [trained(dropout, planned, seeds[0]) for dropout in dropouts
+                     for planned in epochs]
             best = min(tried, key=lambda r: r["val"])
-            runs = [best] + [trained(best["dropout"], seed) for seed in seeds[1:]]
+            runs = [best] + [trained(best["dropout"], best["epochs"], seed) for seed in seeds[1:]]
         test = torch.tensor([r["test"] for r in runs]).exp()
         state = dict(GRU=(600 * 4,) * 2, Transformer=(
             2 * 2 * 256 * 4 * 1000, 2 * 2 * 256 * 4 * 100_000)).get(kind, (512 * 4,) * 2)
@@ -1240,11 +1243,13 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot, **change
         say(f"{kind:27s} | test PPL {test.mean():6.1f} (" + ", ".join(f"{v:.1f}" for v in test) +
             f") | accuracy {sum(r['accuracy'] for r in runs) / len(runs):.1%} (" +
             ", ".join(f"{r['accuracy']:.1%}" for r in runs) + f") | dropout {best['dropout']}, "
-            f"epoch {best['epoch']}: {passes * count[0]:,} tokens seen, {best['passes']} times in "
-            f"Phase 1 | {all_passes * count[0] / best['seconds']:,.0f} tokens/s, all epochs in "
+            f"epoch {best['epoch']} of {best['epochs']}: {passes * count[0]:,} tokens "
+            f"seen, {best['passes']} times in Phase 1 | "
+            f"{all_passes * count[0] / best['seconds']:,.0f} tokens/s, all epochs in "
             f"{best['seconds']:.0f} s | {best['parameters']:,} parameters | memory at token "
             f"1,000: {state[0]:,} bytes, at 100,000: {state[1]:,} | all val PPL: " +
-            ", ".join(f"{r['dropout']}: {torch.tensor(r['val']).exp():.1f}" for r in tried))
+            ", ".join(f"{r['dropout']} and {r['epochs']} epochs: {torch.tensor(r['val']).exp():.1f}"
+                      for r in tried))
         sys.stdout.flush()
         rows.append((kind, best["log"], best))
     if plot:
@@ -1275,11 +1280,13 @@ if __name__ == "__main__":
     parser.add_argument("--ask", metavar="FOLDER", help="what its checkpoint says to new questions")
     parser.add_argument("--compare", metavar="DATA.jsonl")
     parser.add_argument("--tokens", type=int, default=100_000, help="training tokens")
-    parser.add_argument("--epochs", type=int, default=8,
-                        help="of Phase 2 and of the baselines, at most")
-    parser.add_argument("--iterations", type=int, default=8, help="of Phase 1, at most")
-    parser.add_argument("--word-dropout", type=float, help="of Phase 1, if not the preset's",
-                        default=newllm.PRESETS["large"]["word_dropout"])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[8, 16],
+                        help="of Phase 2 and of the baselines, each number tried")
+    of_phase1 = ("iterations", "word_dropout", "negatives_power")
+    for name in of_phase1:
+        value = newllm.PRESETS["large"][name]
+        parser.add_argument(newllm.flag_of(name), type=type(value), default=value,
+                            help=f"of Phase 1 (default: the large preset's {value})")
     parser.add_argument("--dtype", default="float32", help="of all but states, for all models")
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -1296,8 +1303,8 @@ if __name__ == "__main__":
         ask(options.ask)
     elif options.compare:
         compare(options.compare, options.tokens, options.epochs, options.models, options.dropouts,
-                options.seeds, options.device, options.plot, iterations=options.iterations,
-                word_dropout=options.word_dropout, dtype=options.dtype)
+                options.seeds, options.device, options.plot, dtype=options.dtype,
+                **{name: getattr(options, name) for name in of_phase1})
     else:
         figures = benchmark(options.quick, newllm.pick_device(options.device))
         if options.json:
