@@ -89,8 +89,8 @@ class Config:
     diversity_weight: float = option(0.9, "w, 0 to 1, in (1 - w) change + w diversity", least=0)
     contrast_on: str = option("answers", "next words to tell apart", ("answers", "everything"))
     negatives: int = option(1023, "wrong next tokens to tell the right one from")
-    negatives_power: float = option(1.0, "of their counts, by which they are drawn; below 1, rare "
-                                    "ones more often", least=0)
+    negatives_power: float = option(0.0, "0: they come from the same batch; else from all of the "
+                                    "text, drawn by their count to this power", least=0)
     contrast_temperature: float = option(0.1, "divides the cosines of the contrast")
     word_dropout: float = option(0.0, "share of the tokens hidden from the context block; falls to "
                                  "0 with the learning rate", least=0)
@@ -126,8 +126,8 @@ PRESETS = {
         batch_tokens=512),
     "large": dict(  # the best epoch on dialogues it has not seen
         data="ultrachat", samples=1000, val_samples=100, max_len=1024, num_layers=4,
-        context_dim=512, hidden_dim=1024, dropout=0.1, iterations=12, epochs=10, patience=3,
-        contrast_on="everything", negatives_power=0.5, word_dropout=0.3, phase1_watch="held-out",
+        context_dim=512, hidden_dim=1024, dropout=0.1, iterations=16, epochs=10, patience=3,
+        contrast_on="everything", negatives_power=0.5, word_dropout=0.5, phase1_watch="held-out",
         learning_rate=2e-3, embedding_rate=0.2, batch_tokens=8192, weight_decay=0.01),
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "tensorboard"}
@@ -1227,8 +1227,7 @@ class ContextLoss(nn.Module):
 
         ids, mask, real (B, T) as from collate(), c (B, T, C), negatives (M,) token ids. A
         contrastive loss is alignment + uniformity (Wang & Isola 2020): uniformity is diversity,
-        but spent on what tells tokens. Negatives drawn by a power of their count: word2vec
-        (Mikolov et al. 2013).
+        but spent on what tells tokens.
         """
         table, rows = self.model.context_table(), self.model.row_of[ids]
         after = (real & (mask | self.everything) & (rows < self.model.known))[:, 1:]
@@ -1258,13 +1257,13 @@ class ContextLoss(nn.Module):
             change = (c - self.model.contexts(previous))[real].pow(2).mean(-1)
             converged = change < self.config.threshold
         if self.config.diversity == "contrast":
-            diversity = shown = self.contrast(ids, mask, real, c, negatives)
+            diversity = reported = self.contrast(ids, mask, real, c, negatives)
         else:  # one figure for all processes, and for all parts of the batch by their size
             diversity = dict(norm=norm, logdet=logdet)[self.config.diversity](c[real])
             diversity = diversity * global_sum(real.sum())
-            shown = diversity / world_size()
+            reported = diversity / world_size()
         loss = (1 - w) * change.sum() / tokens + w * diversity / told
-        return loss, change.sum(), shown, converged.sum()
+        return loss, change.sum(), reported, converged.sum()
 
     @torch.no_grad()
     def held_out(self, run: Run, val: list[Dialogue]) -> float:
@@ -1334,7 +1333,7 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
             states = cached_states(run, model, train)
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
     counts = torch.bincount(torch.cat([loss.told(d) for d in train]))
-    wanted = (counts / counts.max()) ** config.negatives_power * (counts > 0)
+    wanted = (counts / counts.max()) ** config.negatives_power  # as word2vec (Mikolov et al. 2013)
     for iteration in range(first, config.iterations + 1):
         start, sums, order = time.perf_counter(), torch.zeros(4), list(range(len(batches)))
         all_told = 0
@@ -1343,9 +1342,12 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         for number, k in enumerate(tqdm(order, f"iteration {iteration}", disable=quiet(),
                                         leave=False)):
             mine, loss.found = [i for i in batches[k] if i in own], {}
-            negatives = torch.multinomial(wanted, config.negatives, True, generator=generator)
+            after = torch.cat([loss.told(train[i]) for i in batches[k]]).long()
+            negatives = after[torch.randperm(len(after), generator=generator)[:config.negatives]]
+            if config.negatives_power:
+                negatives = torch.multinomial(wanted, config.negatives, True, generator=generator)
             tokens = sum(len(train[i].ids) for i in batches[k])
-            told = sum(len(loss.told(train[i])) for i in batches[k]) if contrasts else tokens
+            told = len(after) if contrasts else tokens
             all_told += told
 
             def part(some):
