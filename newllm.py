@@ -1343,9 +1343,11 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
                                         leave=False)):
             mine, loss.found = [i for i in batches[k] if i in own], {}
             after = torch.cat([loss.told(train[i]) for i in batches[k]]).long()
-            negatives = after[torch.randperm(len(after), generator=generator)[:config.negatives]]
             if config.negatives_power:
                 negatives = torch.multinomial(wanted, config.negatives, True, generator=generator)
+            else:
+                chosen = torch.randperm(len(after), generator=generator)[:config.negatives]
+                negatives = after[chosen]
             tokens = sum(len(train[i].ids) for i in batches[k])
             told = len(after) if contrasts else tokens
             all_told += told
