@@ -76,6 +76,8 @@ class Config:
     hidden_dim: int = option(256, "H, units of a hidden layer")
     token_input_all_layers: bool = option(False, "feed the token to all layers, not just one")
     dropout: float = option(0.0, "share of the token block's units dropped in training", least=0)
+    word_memory: float = option(0.0, "share of the next word's probability that a memory of the "
+                                "words said gives, not the context; 0: no memory", least=0)
     cell: str = option("gated", "original has LayerNorm inside the loop", ("gated", "original"))
     solver: str = option("auto", "how states are found", ("auto", "parallel", "sequential"))
     tol: float = option(5e-5, "the solver stops when no state moves by more, in units of its size")
@@ -126,14 +128,15 @@ PRESETS = {
         batch_tokens=512),
     "large": dict(  # the best epoch on dialogues it has not seen
         data="ultrachat", samples=1000, val_samples=100, max_len=1024, num_layers=4,
-        context_dim=512, hidden_dim=1024, dropout=0.1, iterations=16, epochs=10, patience=3,
-        contrast_on="everything", negatives_power=0.5, word_dropout=0.5, phase1_watch="held-out",
-        learning_rate=2e-3, embedding_rate=0.2, batch_tokens=8192, weight_decay=0.01),
+        context_dim=512, hidden_dim=1024, dropout=0.1, word_memory=0.08, iterations=16, epochs=10,
+        patience=3, contrast_on="everything", negatives_power=0.5, word_dropout=0.5,
+        phase1_watch="held-out", learning_rate=2e-3, embedding_rate=0.2, batch_tokens=8192,
+        weight_decay=0.01),
 }
 MAY_CHANGE = {"out", "resume", "epochs", "stop_after", "patience", "device", "cache", "tensorboard"}
 PHASE_2_ONLY = MAY_CHANGE | {  # what Phase 1 does not depend on (the data's content it does)
-    "learning_rate", "embedding_rate", "batch_tokens", "dropout", "dtype", "show_data", "data",
-    "val_data", "joint"}
+    "learning_rate", "embedding_rate", "batch_tokens", "dropout", "word_memory", "dtype",
+    "show_data", "data", "val_data", "joint"}
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2, no traceback."""
@@ -145,9 +148,10 @@ def check(config: Config) -> Config:
         if f.type in (int, float) and not (value > 0 if least is None else value >= least):
             raise UserError(f"{flag_of(f.name)} {value}: give a number "
                             + ("above 0" if least is None else f"of at least {least}"))
-    if max(config.dropout, config.word_dropout) >= 1 or config.diversity_weight > 1:
-        raise UserError("--dropout and --word-dropout must be below 1, --diversity-weight at most "
-                        "1")
+    if max(config.dropout, config.word_dropout, config.word_memory) >= 1:
+        raise UserError("--dropout, --word-dropout and --word-memory must be below 1")
+    if config.diversity_weight > 1:
+        raise UserError(f"--diversity-weight {config.diversity_weight}: give a number up to 1")
     if not Path(config.data).name:
         raise UserError(f"--data {config.data!r}: give a file, or a dataset's name")
     if config.seed >= 2 ** 31:
@@ -659,10 +663,61 @@ class HeadLoss(torch.autograd.Function):
         grad_h, grad_W = ctx.saved_tensors
         return grad_h.mul_(grad), None if grad_W is None else grad_W.mul_(grad), None, None
 
+class WordMemory(nn.Module):
+    """Which words were said, and what followed them: 2N + 1 numbers for N - 1 words.
+
+    A context knows what a text is about, but hardly which of thousands of names it was; and in a
+    chat names return. Of each word the memory holds how often it was said, fading by 1 % a token,
+    and which word came after it the last time; and it holds the last word of all. Word 0 is none.
+    What it recalls is a cache language model (Kuhn & De Mori 1990).
+    """
+
+    def __init__(self, known: int):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(known + 1))
+
+    def weigh(self, rows: Tensor):
+        """How much each word matters, min(1, sqrt(0.0005 / its share of a text, rows (M,))), as
+        word2vec keeps words (Mikolov et al. 2013), and none of those without a row."""
+        count = torch.bincount(rows, minlength=len(self.weight))[:len(self.weight) - 1]
+        self.weight[1:] = (5e-4 * len(rows) / count).sqrt().clamp(max=1)
+        self.weight[0] = 0
+
+    def forward(self, rows: Tensor, memory: Optional[Tensor] = None) -> Iterator[Tensor]:
+        """The memory (B, 2N + 1) after each token of rows (B, T) of the table of embeddings."""
+        N = len(self.weight)
+        if memory is None:
+            memory = self.weight.new_zeros(len(rows), 2 * N + 1)
+        for x in torch.where(rows < N - 1, rows + 1, 0).split(1, dim=1):
+            said, after, last = memory.split((N, N, 1), dim=-1)
+            said = (0.99 * said).scatter_add(1, x, self.weight[x])
+            after = after.scatter(1, last.long(), x.to(after))
+            after[:, 0] = 0
+            memory = torch.cat((said, after, x.to(last)), dim=-1)
+            yield memory
+
+    def recall(self, memory: Tensor) -> Tensor:
+        """memory (B, 2N + 1) -> the probability (B, N - 1) that each word is next: after a word of
+        weight w that was said before, w for what followed it then, and the rest for all that was
+        said, by weight, but for the last word itself."""
+        N = len(self.weight)
+        said, after, last = memory.split((N, N, 1), dim=-1)
+        follower, last = after.gather(1, last.long()).long(), last.long()
+        said = said.scatter(1, last, 0.0)
+        again = said / said.sum(-1, keepdim=True).clamp(min=1e-9)
+        w = self.weight[last] * (follower > 0)
+        return ((1 - w) * again).scatter_add(1, follower, w)[:, 1:]
+
+    def recall_all(self, rows: Tensor, memory: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        """What is recalled after each token of rows (B, T), (B, T, N - 1); the memory at the end.
+        """
+        memories = [*self(rows, memory)]
+        return torch.stack([self.recall(m) for m in memories], 1), memories[-1]
+
 class Output(NamedTuple):
     loss: Optional[Tensor]
     logits: Optional[Tensor]  # (B, T, V)
-    state: Tensor             # (B, C), after the last token
+    state: Tensor             # (B, C), after the last token; with a word memory (B, C + 2N + 1)
 
 class NewLLM(nn.Module, PyTorchModelHubMixin):
     """Context block and token block over one table of embeddings, which also is the output head.
@@ -674,17 +729,21 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     known: how many tokens the head can say; 0: all of them. know() says which. The others share the
     probability `unseen` in evaluation. They read as GPT-2 has them, or as zeros: there is no row
     for them in learned tables.
+
+    word_memory: the share of the probabilities that WordMemory gives, but in training. The state
+    that is handed on from call to call then is (B, C + 2N + 1), N = known + 1, not (B, C).
     """
 
     def __init__(self, vocab_size: int = VOCAB, embed_dim: int = 256, context_dim: int = 128,
                  hidden_dim: int = 256, num_layers: int = 1, token_input_all_layers: bool = False,
                  dropout: float = 0.0, cell: str = "gated", solver: str = "auto", tol: float = 5e-5,
-                 max_sweeps: int = 30, embeddings: str = "shared", known: int = 0):
+                 max_sweeps: int = 30, embeddings: str = "shared", known: int = 0,
+                 word_memory: float = 0.0):
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         V, E, C, H = vocab_size, embed_dim, context_dim, hidden_dim
         self.solver, self.tol, self.max_sweeps, self.sweeps = solver, tol, max_sweeps, 0
-        self.known = known or V
+        self.known, self.word_memory = known or V, word_memory
         size = (known + 1, E, known) if known and embeddings != "frozen" else (V, E)
         self.embed = nn.Embedding(*size).requires_grad_(embeddings != "frozen")
         self.context_embed = nn.Embedding(*size) if embeddings == "separate" else None
@@ -692,6 +751,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             nn.init.normal_(table.weight[:self.known], std=0.02)
         self.register_buffer("row_of", torch.arange(V).clamp(max=size[0] - 1))
         self.register_buffer("unseen", torch.tensor(0.01))
+        self.memory = WordMemory(self.known) if word_memory else None
         self.cell = Cell(E, C, H, num_layers, token_input_all_layers, cell)
         self.again = E if token_input_all_layers else 0
         inputs = [E + C] + [H + self.again] * (num_layers - 1)
@@ -707,6 +767,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         self.row_of[there], self.row_of[~there] = rows[:self.known], rows[self.known:]
         once = (torch.bincount(spoken) == 1).sum().clamp(min=1)
         self.unseen.fill_(once / (len(spoken) + 1))
+        if self.memory:
+            self.memory.weigh(self.row_of[text])
 
     def context_table(self) -> nn.Embedding:
         """The embeddings that the context block reads."""
@@ -728,15 +790,15 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def states(self, input_ids: Tensor, state: Optional[Tensor] = None,
                guess: Optional[Tensor] = None, shown: Optional[Tensor] = None) -> Tensor:
-        """Context block: ids (B, T), state (B, C) or None for zeros -> states (B, T, C), float32.
+        """Context block: ids (B, T), state or None for zeros -> states (B, T, C), float32.
 
         guess (B, T, C): as in solve(); shown (B, T): as in token_share(). solver="auto": on a CPU
         the loop wins once some dialogues are walked side by side (table 1 of python
         test_newllm.py); on a GPU every one of its steps is a launch.
         """
         with torch.autocast(input_ids.device.type, enabled=False):
-            u = self.token_share(input_ids, shown)
-            s = u.new_zeros(len(u), self.cell.C) if state is None else state.float()
+            u, C = self.token_share(input_ids, shown), self.cell.C
+            s = u.new_zeros(len(u), C) if state is None else state[:, :C].float()
             wanted = self.solver == "parallel" or self.solver == "auto" and (u.is_cuda
                                                                              or len(u) <= 4)
             self.sweeps = 0
@@ -761,20 +823,40 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             a = self.dropout(F.silu(layer(a)))
         return self.dropout(self.norm(x + self.out(a).float()))
 
-    def logits(self, h: Tensor) -> Tensor:
-        """The output head: h (..., E) -> (..., V)."""
+    def read(self, input_ids: Tensor, state: Optional[Tensor] = None) -> Tensor:
+        """The state after more tokens (B, T), all that is handed on from call to call."""
+        memory, s = None, self.states(input_ids, state)[:, -1]
+        if self.memory is None:
+            return s
+        for memory in self.memory(self.row_of[input_ids], self.remembered(state)):
+            pass
+        return torch.cat((s, memory), dim=-1)
+
+    def remembered(self, state: Optional[Tensor]) -> Optional[Tensor]:
+        """The word memory's part of a state."""
+        return None if state is None else state[:, self.cell.C:]
+
+    def logits(self, h: Tensor, recalled: Optional[Tensor] = None) -> Tensor:
+        """The output head: h (..., E) -> (..., V), mixed with what is recalled (..., known)."""
         z = F.linear(h, self.embed.weight[:self.known])
+        if recalled is not None:
+            z = torch.logaddexp(z.float().log_softmax(-1) + math.log(1 - self.word_memory),
+                                recalled.log() + math.log(self.word_memory))
         if self.known == len(self.row_of):
             return z
         each = self.unseen / (1 - self.unseen) / (len(self.row_of) - self.known)
         z = torch.cat((z, torch.logsumexp(z.float(), -1, keepdim=True) + each.log()), -1)
         return z[..., self.row_of.clamp(max=self.known)]
 
-    def cross_entropy(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """That of logits(h) for h (N, E) and tokens y (N,), summed, and how many were right.
+    def cross_entropy(self, h: Tensor, y: Tensor, recalled: Optional[Tensor] = None
+                      ) -> tuple[Tensor, Tensor]:
+        """That of logits() for h (N, E) and tokens y (N,), summed, and how many were right.
 
         In training, where no token is unknown, they are not charged for what the unknown get.
         """
+        if recalled is not None:
+            z = self.logits(h, recalled)
+            return F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
         y, more = self.row_of[y], 0.0
         if self.known < len(self.row_of):
             there, others = y < self.known, len(self.row_of) - self.known
@@ -788,23 +870,31 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, input_ids: Tensor, labels: Optional[Tensor] = None,
                 state: Optional[Tensor] = None) -> Output:
-        """ids (B, T) -> logits (B, T, V) and the state (B, C) after the last token.
+        """ids (B, T) -> logits (B, T, V) and the state after the last token.
 
         labels (B, T), as Hugging Face has them: not shifted, -100 is ignored. With them the mean
-        loss is returned and no logits are made. state (B, C) goes on where another call ended.
+        loss is returned and no logits are made. state goes on where another call ended.
         """
-        states = self.states(input_ids, state)
-        h = self.hidden_states(input_ids, states)
+        states, recalled = self.states(input_ids, state), None
+        h, end = self.hidden_states(input_ids, states), states[:, -1]
+        if self.memory:
+            recalled, memory = self.memory.recall_all(self.row_of[input_ids],
+                                                      self.remembered(state))
+            end = torch.cat((end, memory), dim=-1)
+            recalled = None if self.training else recalled
         if labels is None:
-            return Output(None, self.logits(h), states[:, -1])
+            return Output(None, self.logits(h, recalled), end)
         rows = labels[:, 1:] != -100
-        loss, _ = self.cross_entropy(h[:, :-1][rows], labels[:, 1:][rows])
-        return Output(loss / rows.sum().clamp(min=1), None, states[:, -1])
+        loss, _ = self.cross_entropy(h[:, :-1][rows], labels[:, 1:][rows],
+                                     None if recalled is None else recalled[:, :-1][rows])
+        return Output(loss / rows.sum().clamp(min=1), None, end)
 
     def scores(self, last_ids: Tensor, state: Tensor) -> Tensor:
         """Logits (B, V) of the token after last_ids (B,), of tokens that the model can say."""
-        scores = self.logits(self.hidden_states(last_ids, state)).float()
-        scores[:, VOCAB_USED:] = -math.inf
+        recalled = self.memory.recall(self.remembered(state)) if self.memory else None
+        h = self.hidden_states(last_ids, state[:, :self.cell.C])
+        scores = self.logits(h, recalled).float()
+        scores[:, IM_START:IM_END] = scores[:, VOCAB_USED:] = -math.inf  # nobody says these
         return scores.masked_fill(self.row_of >= self.known, -math.inf)
 
     @torch.no_grad()
@@ -812,12 +902,12 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                repetition_penalty: float = 1.0, state: Optional[Tensor] = None
                ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (next token (B,), state (B, C) that has read all before it), one at a time."""
+        """Yield (next token (B,), the state that has read all before it), one at a time."""
         seen = torch.zeros(len(input_ids), VOCAB, dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
             seen.scatter_(1, input_ids, True)
             seen[:, IM_START:] = False  # answers could not end if <|im_end|> were punished
-            state = self.states(input_ids, state)[:, -1]
+            state = self.read(input_ids, state)
             scores = self.scores(input_ids[:, -1], state)
             if repetition_penalty != 1:
                 punished = torch.where(scores < 0, scores * repetition_penalty,
@@ -861,7 +951,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
         A beam is a row of the state, so following one costs C numbers, not a copy of a cache.
         """
-        state, last = self.states(input_ids, state)[:, -1], input_ids[:, -1]
+        state, last = self.read(input_ids, state), input_ids[:, -1]
         beams, totals, done = input_ids[:, :0], torch.zeros(1, device=input_ids.device), []
         for length in range(1, max_new_tokens + 1):
             scores = self.scores(last, state).log_softmax(-1) + totals[:, None]
@@ -875,7 +965,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             beams, totals, last = grown[keep], best[keep], token[keep]
             if len(done) >= num_beams and max(d[0] for d in done) >= totals[0].item() / length:
                 break
-            state = self.states(last[:, None], state[parent[keep]])[:, -1]
+            state = self.read(last[:, None], state[parent[keep]])
         done += [(total.item() / length, beam) for total, beam in zip(totals, beams)]
         return max(done, key=lambda pair: pair[0])[1]
 
@@ -910,7 +1000,7 @@ def make_model(config: Config, train: list[Dialogue]) -> NewLLM:
     torch.manual_seed(config.seed)
     settings = {name: getattr(config, name) for name in (
         "context_dim", "hidden_dim", "num_layers", "token_input_all_layers", "dropout", "cell",
-        "solver", "tol", "max_sweeps")}
+        "solver", "tol", "max_sweeps", "word_memory")}
     model = NewLLM(**settings, embed_dim=E if table is None else table.shape[1], known=known,
                    embeddings="frozen" if table is not None else
                    "shared" if config.joint else "separate")
@@ -1432,9 +1522,10 @@ def rows_of(ids: Tensor, mask: Tensor, states: Tensor) -> tuple[Tensor, Tensor, 
     at = mask[..., 1:]
     return ids[..., :-1][at].long(), ids[..., 1:][at].long(), states[..., :-1, :][at]
 
-def word_loss(model: NewLLM, ids: Tensor, y: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+def word_loss(model: NewLLM, ids: Tensor, y: Tensor, states: Tensor,
+              recalled: Optional[Tensor] = None) -> tuple[Tensor, ...]:
     """Phase 2's loss on rows_of() a text: its sum, how many were right, how many there are."""
-    loss, correct = model.cross_entropy(model.hidden_states(ids, states), y)
+    loss, correct = model.cross_entropy(model.hidden_states(ids, states), y, recalled)
     return loss, correct, correct.new_tensor(len(y))
 
 @torch.no_grad()
@@ -1442,10 +1533,13 @@ def evaluate(run: Run, model: NewLLM, dialogues: list[Dialogue]) -> tuple[float,
     """Loss and accuracy per target token of all dialogues; each process takes its share."""
     model.eval()
     sums = torch.zeros(3, device=run.device)
-    for batch in batches_of(dialogues, share_of(dialogues), 8192):
+    for batch in batches_of(dialogues, share_of(dialogues), 1024 if model.memory else 8192):
         ids, mask, _ = collate(dialogues, batch, run.device)
+        rows = rows_of(ids, mask, model.states(ids))
+        if model.memory:
+            rows += (model.memory.recall_all(model.row_of[ids])[0][:, :-1][mask[:, 1:]],)
         with run.autocast():
-            found = word_loss(model, *rows_of(ids, mask, model.states(ids)))
+            found = word_loss(model, *rows)
         sums += torch.stack([v.float() for v in found])
     model.train()
     loss, correct, count = global_sum(sums).tolist()

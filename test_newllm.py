@@ -149,7 +149,7 @@ def test_a_solver_that_does_not_converge_gives_the_exact_states_all_the_same_and
 
 
 @pytest.mark.parametrize("options", [{}, dict(num_layers=3, token_input_all_layers=True),
-                                     dict(cell="original")])
+                                     dict(cell="original"), dict(word_memory=0.3)])
 def test_a_text_in_pieces_gives_what_the_whole_text_gives(options):
     model = tiny(**options).eval()
     ids = torch.randint(0, 200, (2, 150))
@@ -190,9 +190,10 @@ def test_the_output_head_gives_loss_and_gradients_of_cross_entropy_without_makin
             torch.allclose(found[1], W.grad, atol=1e-4))
 
 
-@pytest.mark.parametrize("embeddings", ["shared", "frozen"])
-def test_words_that_the_training_text_lacks_share_one_probability_and_are_never_said(embeddings):
-    model = tiny(known=5, embeddings=embeddings).eval()
+@pytest.mark.parametrize("embeddings, word_memory", [("shared", 0), ("frozen", 0), ("shared", 0.2)])
+def test_words_that_the_training_text_lacks_share_one_probability_and_are_never_said(
+        embeddings, word_memory):
+    model = tiny(known=5, embeddings=embeddings, word_memory=word_memory).eval()
     text = torch.tensor([3, 7, 7, 150, 9, 9, 20, 7])
     model.know(text, text)  # three of the eight occur once
     ids = torch.tensor([[7, 9, 3, 199, 7, 44]])
@@ -232,8 +233,38 @@ def test_an_ordinary_training_loop_trains_it():
     assert last < 0.8 * first
 
 
-def test_generation_follows_the_rules_of_hugging_face():
-    model, ids = tiny(vocab_size=300).eval(), torch.randint(0, 200, (2, 12))
+def test_the_word_memory_recalls_what_was_said_and_what_came_after_it():
+    """Against the same thing done with lists; the words 5 to 7 are unknown, 0 and 1 frequent."""
+    model = tiny(vocab_size=8, known=5, word_memory=0.4).eval()
+    model.know(torch.tensor([0] * 40000 + [1] * 3000 + [2, 3, 4]), torch.arange(5))
+    weight = [(5e-4 * 43003 / 40000) ** 0.5, (5e-4 * 43003 / 3000) ** 0.5, 1, 1, 1, 0, 0, 0]
+    ids = torch.randint(0, 8, (3, 60))
+    found = model.memory.recall_all(model.row_of[ids])[0]
+    for text, recalled in zip(ids.tolist(), found):
+        for t in range(60):
+            said = torch.tensor([sum(weight[word] * 0.99 ** (t - k) for k in range(t + 1)
+                                     if text[k] == word != text[t]) for word in range(5)])
+            followers = [text[k + 1] for k in range(t) if text[k] == text[t]]
+            w = weight[text[t]] if followers and followers[-1] < 5 else 0
+            wanted = (1 - w) * said / said.sum().clamp(min=1e-9)
+            if w:
+                wanted[followers[-1]] += w
+            assert torch.allclose(recalled[t], wanted, atol=1e-5)
+    without = copy.deepcopy(model)
+    without.memory = None
+    p, p0 = model(ids).logits.softmax(-1), without(ids).logits.softmax(-1)
+    mixed = 0.6 * p0[..., :5] + 0.4 * found * p0[..., :5].sum(-1, keepdim=True)
+    assert torch.allclose(p[:, 10:, :5], mixed[:, 10:], atol=1e-6)  # by then enough was said
+    dialogues = [newllm.Dialogue(row, torch.ones_like(row, dtype=torch.bool)) for row in ids]
+    loss, _ = newllm.evaluate(newllm.Run(Config(device="cpu", dtype="float32")), model, dialogues)
+    wanted = F.cross_entropy(p[:, :-1].flatten(0, 1).log(), ids[:, 1:].flatten())
+    assert abs(loss - wanted) < 1e-4
+
+
+@pytest.mark.parametrize("word_memory", [0, 0.2])
+def test_generation_follows_the_rules_of_hugging_face(word_memory):
+    model = tiny(vocab_size=300, word_memory=word_memory).eval()
+    ids = torch.randint(0, 200, (2, 12))
     greedy = model.generate(ids, 8)
     assert greedy.shape == (2, 20) and torch.equal(greedy[:, :12], ids)
     step = torch.cat((ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)), 1)
@@ -250,8 +281,9 @@ def test_generation_follows_the_rules_of_hugging_face():
     assert len(set(once)) == len(once)
 
 
-def test_beam_search_finds_what_trying_everything_finds():
-    model, ids = tiny(vocab_size=12).eval(), torch.randint(0, 12, (1, 5))
+@pytest.mark.parametrize("word_memory", [0, 0.5])
+def test_beam_search_finds_what_trying_everything_finds(word_memory):
+    model, ids = tiny(vocab_size=12, word_memory=word_memory).eval(), torch.randint(0, 12, (1, 5))
     best = model.generate(ids, 3, num_beams=144)[0, 5:]
     every = torch.cartesian_prod(*[torch.arange(12)] * 3)
     logp = model(torch.cat((ids.expand(len(every), -1), every), 1)).logits[:, 4:7].log_softmax(-1)
@@ -501,7 +533,7 @@ def test_an_earlier_runs_checkpoints_are_not_lost():
     ["--joint"], ["--cell", "original"], ["--diversity", "norm"], ["--solver", "parallel"],
     ["--diversity", "logdet"], ["--cache-gb", "0.00001"], ["--iterations", "0"],
     ["--num-layers", "3", "--token-input-all-layers"], ["--dtype", "bfloat16"],
-    ["--word-dropout", "0.5"], ["--negatives-power", "0.5"]])
+    ["--word-dropout", "0.5"], ["--negatives-power", "0.5"], ["--word-memory", "0.1"]])
 def test_every_way_of_training_learns(args):
     found = losses(run_newllm(*TINY, *args, "--learning-rate", "1e-2"))
     assert float(found[-1][0]) < float(found[0][0])
@@ -557,15 +589,16 @@ def test_the_comparison_trains_every_model_and_reports_on_dialogues_it_did_not_c
         monkeypatch, capsys):
     monkeypatch.setattr(newllm, "say", newllm.say)  # compare() silences it
     write_dialogues(Path("chat.jsonl"), [(f"say {k}", f"{k} it is") for k in range(60)])
-    compare("chat.jsonl", 2000, [1, 2], KINDS, [0.1], [1], "cpu", None, dtype="float32")
+    kinds = [*KINDS, "GRU with word memory"]
+    compare("chat.jsonl", 2000, [1, 2], kinds, [0.1], [1], "cpu", None, dtype="float32")
     said = capsys.readouterr().out
     parts, V = split_file("chat.jsonl", 2000)
     texts = [{tuple(d.ids.tolist()) for d in part} for part in parts]
-    assert all(f"\n{kind} " in said for kind in KINDS) and V < 200
-    assert said.count("0.1 and 1 epochs: ") == said.count("0.1 and 2 epochs: ") == len(KINDS)
+    assert all(f"\n{kind} " in said for kind in kinds) and V < 200
+    assert said.count("0.1 and 1 epochs: ") == said.count("0.1 and 2 epochs: ") == len(kinds)
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
     sizes = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", said)]
-    assert len(sizes) == len(KINDS) and max(sizes) / min(sizes) < 1.05
+    assert len(sizes) == len(kinds) and max(sizes) / min(sizes) < 1.05
 
 
 # --- what goes wrong
@@ -1128,14 +1161,18 @@ KINDS = {  # what differs from New-LLM as it is: Phase 1, then Phase 2 on frozen
     "New-LLM joint": dict(iterations=0, joint=True),
     "GRU": dict(iterations=0, joint=True), "Transformer": dict(iterations=0, joint=True)}
 ABLATIONS = {"New-LLM Phase 1 then joint": dict(joint=True, learning_rate=5e-4),
-             "New-LLM original cell": dict(cell="original")}
+             "New-LLM original cell": dict(cell="original"),
+             "New-LLM without word memory": dict(word_memory=0.0),
+             "GRU with word memory": dict(iterations=0, joint=True)}
 
 
 class Baseline(nn.Module):
     """A GRU or pre-norm Transformer in the clothes of NewLLM, so that phase2() trains all alike."""
 
-    def __init__(self, kind, vocab_size, dropout, E=256, state=600, max_len=512):
+    def __init__(self, kind, vocab_size, dropout, word_memory=0, E=256, state=600, max_len=512):
         super().__init__()
+        self.word_memory = word_memory
+        self.memory = newllm.WordMemory(vocab_size) if word_memory else None
         self.kind, self.context_embed, self.dropout = kind, None, nn.Dropout(dropout)
         self.settings, self.known = dict(kind=kind), vocab_size
         self.register_buffer("row_of", torch.arange(vocab_size))
@@ -1167,7 +1204,7 @@ class Baseline(nn.Module):
     def hidden_states(self, ids, states):
         return self.dropout(self.norm(self.out(self.dropout(states))))
 
-    cross_entropy = NewLLM.cross_entropy
+    cross_entropy, logits = NewLLM.cross_entropy, NewLLM.logits
 
 
 def split_file(path, tokens):
@@ -1194,9 +1231,14 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device, **changes):
     for old in (folder / "out").glob("*"):
         old.unlink()
     torch.manual_seed(seed)
-    model = (Baseline(kind, V, dropout) if kind in ("GRU", "Transformer") else
+    name, _, more = kind.partition(" with ")  # a baseline has a word memory if it says so
+    model = (Baseline(name, V, dropout, config.word_memory if more else 0)
+             if name in ("GRU", "Transformer") else
              NewLLM(V, 256, 512, 512, 1, dropout=dropout, cell=config.cell,
-                    embeddings="shared" if config.joint else "separate"))
+                    embeddings="shared" if config.joint else "separate",
+                    word_memory=config.word_memory))
+    if model.memory:
+        model.memory.weigh(torch.cat([d.ids for d in train]).long())
     run, log, start = newllm.Run(config), dict(phase1=[], phase2=[]), time.perf_counter()
     run.log = lambda phase, number, **f: log[phase].append((number, f.get("val_loss")))
     model.to(run.device)
@@ -1212,6 +1254,7 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device, **changes):
     loss, accuracy = newllm.evaluate(run, model, test)
     inside = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
     return dict(kind=kind, dropout=dropout, seed=seed, epochs=epochs, seconds=seconds,
+                memory=2 * model.known + 3 if model.memory else 0,
                 val=newllm.val_loss_of(best), test=loss, accuracy=accuracy, passes=passes,
                 epoch=int(best.name.split("-")[1]), parameters=inside, log=log["phase2"])
 
@@ -1237,8 +1280,9 @@ def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot, **change
             best = min(tried, key=lambda r: r["val"])
             runs = [best] + [trained(best["dropout"], best["epochs"], seed) for seed in seeds[1:]]
         test = torch.tensor([r["test"] for r in runs]).exp()
-        state = dict(GRU=(600 * 4,) * 2, Transformer=(
-            2 * 2 * 256 * 4 * 1000, 2 * 2 * 256 * 4 * 100_000)).get(kind, (512 * 4,) * 2)
+        numbers = (600 if "GRU" in kind else 512) + best["memory"]
+        state = ([2 * 2 * 256 * 4 * T for T in (1000, 100_000)] if kind == "Transformer" else
+                 [4 * numbers] * 2)
         passes, all_passes = best["passes"] + best["epoch"], best["passes"] + len(best["log"])
         say(f"{kind:27s} | test PPL {test.mean():6.1f} (" + ", ".join(f"{v:.1f}" for v in test) +
             f") | accuracy {sum(r['accuracy'] for r in runs) / len(runs):.1%} (" +
@@ -1282,11 +1326,11 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=100_000, help="training tokens")
     parser.add_argument("--epochs", type=int, nargs="+", default=[8, 16],
                         help="of Phase 2 and of the baselines, each number tried")
-    of_phase1 = ("iterations", "word_dropout", "negatives_power")
-    for name in of_phase1:
+    of_newllm = ("iterations", "word_dropout", "negatives_power", "word_memory")
+    for name in of_newllm:
         value = newllm.PRESETS["large"][name]
         parser.add_argument(newllm.flag_of(name), type=type(value), default=value,
-                            help=f"of Phase 1 (default: the large preset's {value})")
+                            help=f"of New-LLM (default: the large preset's {value})")
     parser.add_argument("--dtype", default="float32", help="of all but states, for all models")
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -1304,7 +1348,7 @@ if __name__ == "__main__":
     elif options.compare:
         compare(options.compare, options.tokens, options.epochs, options.models, options.dropouts,
                 options.seeds, options.device, options.plot, dtype=options.dtype,
-                **{name: getattr(options, name) for name in of_phase1})
+                **{name: getattr(options, name) for name in of_newllm})
     else:
         figures = benchmark(options.quick, newllm.pick_device(options.device))
         if options.json:
