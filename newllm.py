@@ -677,8 +677,8 @@ class WordMemory(nn.Module):
         self.register_buffer("weight", torch.ones(known + 1))
 
     def weigh(self, rows: Tensor):
-        """How much each word matters, min(1, sqrt(0.0005 / its share of a text, rows (M,))), as
-        word2vec keeps words (Mikolov et al. 2013), and none of those without a row."""
+        """How much each word matters: min(1, sqrt(0.0005 / its share of the text, rows (M,))), as
+        word2vec keeps words (Mikolov et al. 2013); words without a row do not."""
         count = torch.bincount(rows, minlength=len(self.weight))[:len(self.weight) - 1]
         self.weight[1:] = (5e-4 * len(rows) / count).sqrt().clamp(max=1)
         self.weight[0] = 0
@@ -698,8 +698,8 @@ class WordMemory(nn.Module):
 
     def recall(self, memory: Tensor) -> Tensor:
         """memory (B, 2N + 1) -> the probability (B, N - 1) that each word is next: after a word of
-        weight w that was said before, w for what followed it then, and the rest for all that was
-        said, by weight, but for the last word itself."""
+        weight w that was said before, w for what followed it then, and the rest for all other words
+        that were said, by their weights."""
         N = len(self.weight)
         said, after, last = memory.split((N, N, 1), dim=-1)
         follower, last = after.gather(1, last.long()).long(), last.long()
@@ -709,8 +709,7 @@ class WordMemory(nn.Module):
         return ((1 - w) * again).scatter_add(1, follower, w)[:, 1:]
 
     def recall_all(self, rows: Tensor, memory: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-        """What is recalled after each token of rows (B, T), (B, T, N - 1); the memory at the end.
-        """
+        """rows (B, T) -> what is recalled after each token (B, T, N - 1), the memory at the end."""
         memories = [*self(rows, memory)]
         return torch.stack([self.recall(m) for m in memories], 1), memories[-1]
 
