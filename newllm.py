@@ -1378,7 +1378,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     """
     config, device, total = run.config, run.device, sum(len(d.ids) for d in train)
     content = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in (
-        *model.state_dict().values(), *(t for d in train + val for t in d),
+        *(t for name, t in model.state_dict().items() if not name.startswith("memory.")),
+        *(t for d in train + val for t in d),
         *all_states(run, model, train, [0]).values())))  # the last in case you edit the cell
     settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
     path = Path(config.cache) / "contexts-{}.safetensors".format(
