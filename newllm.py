@@ -675,13 +675,13 @@ class WordMemory(nn.Module):
     def __init__(self, known: int):
         super().__init__()
         self.register_buffer("weight", torch.ones(known + 1))
+        self.weight[0] = 0
 
     def weigh(self, rows: Tensor):
         """How much each word matters: min(1, sqrt(0.0005 / its share of the text, rows (M,))), as
-        word2vec keeps words (Mikolov et al. 2013); words without a row do not."""
+        word2vec keeps words (Mikolov et al. 2013). Words without a row do not matter."""
         count = torch.bincount(rows, minlength=len(self.weight))[:len(self.weight) - 1]
         self.weight[1:] = (5e-4 * len(rows) / count).sqrt().clamp(max=1)
-        self.weight[0] = 0
 
     def forward(self, rows: Tensor, memory: Optional[Tensor] = None) -> Iterator[Tensor]:
         """The memory (B, 2N + 1) after each token of rows (B, T) of the table of embeddings."""
@@ -697,21 +697,16 @@ class WordMemory(nn.Module):
             yield memory
 
     def recall(self, memory: Tensor) -> Tensor:
-        """memory (B, 2N + 1) -> the probability (B, N - 1) that each word is next: after a word of
-        weight w that was said before, w for what followed it then, and the rest for all other words
-        that were said, by their weights."""
+        """memory (..., 2N + 1) -> the probability (..., N - 1) that each word is next: after a word
+        of weight w that was said before, w for what followed it then, and the rest for all other
+        words that were said, by their weights."""
         N = len(self.weight)
         said, after, last = memory.split((N, N, 1), dim=-1)
-        follower, last = after.gather(1, last.long()).long(), last.long()
-        said = said.scatter(1, last, 0.0)
+        last = last.long()
+        follower, said = after.gather(-1, last).long(), said.scatter(-1, last, 0.0)
         again = said / said.sum(-1, keepdim=True).clamp(min=1e-9)
         w = self.weight[last] * (follower > 0)
-        return ((1 - w) * again).scatter_add(1, follower, w)[:, 1:]
-
-    def recall_all(self, rows: Tensor, memory: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-        """rows (B, T) -> what is recalled after each token (B, T, N - 1), the memory at the end."""
-        memories = [*self(rows, memory)]
-        return torch.stack([self.recall(m) for m in memories], 1), memories[-1]
+        return ((1 - w) * again).scatter_add(-1, follower, w)[..., 1:]
 
 class Output(NamedTuple):
     loss: Optional[Tensor]
@@ -824,7 +819,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def read(self, input_ids: Tensor, state: Optional[Tensor] = None) -> Tensor:
         """The state after more tokens (B, T), all that is handed on from call to call."""
-        memory, s = None, self.states(input_ids, state)[:, -1]
+        s = self.states(input_ids, state)[:, -1]
         if self.memory is None:
             return s
         for memory in self.memory(self.row_of[input_ids], self.remembered(state)):
@@ -877,10 +872,9 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         states, recalled = self.states(input_ids, state), None
         h, end = self.hidden_states(input_ids, states), states[:, -1]
         if self.memory:
-            recalled, memory = self.memory.recall_all(self.row_of[input_ids],
-                                                      self.remembered(state))
-            end = torch.cat((end, memory), dim=-1)
-            recalled = None if self.training else recalled
+            memories = [*self.memory(self.row_of[input_ids], self.remembered(state))]
+            end = torch.cat((end, memories[-1]), dim=-1)
+            recalled = None if self.training else self.memory.recall(torch.stack(memories, 1))
         if labels is None:
             return Output(None, self.logits(h, recalled), end)
         rows = labels[:, 1:] != -100
@@ -948,7 +942,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                     eos_token_id: Optional[int], state: Optional[Tensor]) -> Tensor:
         """ids (1, T) -> the new ids of the beam with the best mean log-probability per token.
 
-        A beam is a row of the state, so following one costs C numbers, not a copy of a cache.
+        A beam is a row of the state: following one copies that row, not a cache.
         """
         state, last = self.read(input_ids, state), input_ids[:, -1]
         beams, totals, done = input_ids[:, :0], torch.zeros(1, device=input_ids.device), []
@@ -1377,9 +1371,8 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
     Weights and states are cached: a second run on the same data with the same settings finds them.
     """
     config, device, total = run.config, run.device, sum(len(d.ids) for d in train)
-    content = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in (
-        *(t for name, t in model.state_dict().items() if not name.startswith("memory.")),
-        *(t for d in train + val for t in d),
+    content = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in (
+        *model.parameters(), model.row_of, *(t for d in train + val for t in d),
         *all_states(run, model, train, [0]).values())))  # the last in case you edit the cell
     settings = {k: v for k, v in asdict(config).items() if k not in PHASE_2_ONLY}
     path = Path(config.cache) / "contexts-{}.safetensors".format(
@@ -1422,8 +1415,9 @@ def phase1(run: Run, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
         if world_size() > 1 or len(states) < len(train):  # only the first process's were saved
             states = cached_states(run, model, train)
         first, factor, best, waited, share = notes["iteration"] + 1, *notes["progress"]
-    counts = torch.bincount(torch.cat([loss.told(d) for d in train]))
-    wanted = (counts / counts.max()) ** config.negatives_power  # as word2vec (Mikolov et al. 2013)
+    if config.negatives_power:  # as word2vec (Mikolov et al. 2013)
+        counts = torch.bincount(torch.cat([loss.told(d) for d in train]))
+        wanted = (counts / counts.max()) ** config.negatives_power
     for iteration in range(first, config.iterations + 1):
         start, sums, order = time.perf_counter(), torch.zeros(4), list(range(len(batches)))
         all_told = 0
@@ -1537,7 +1531,8 @@ def evaluate(run: Run, model: NewLLM, dialogues: list[Dialogue]) -> tuple[float,
         ids, mask, _ = collate(dialogues, batch, run.device)
         rows = rows_of(ids, mask, model.states(ids))
         if model.memory:
-            rows += (model.memory.recall_all(model.row_of[ids])[0][:, :-1][mask[:, 1:]],)
+            memories = torch.stack([*model.memory(model.row_of[ids])], 1)
+            rows += (model.memory.recall(rows_of(ids, mask, memories)[2]),)
         with run.autocast():
             found = word_loss(model, *rows)
         sums += torch.stack([v.float() for v in found])

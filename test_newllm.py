@@ -1,7 +1,7 @@
 """What New-LLM promises, one sentence each:  python -m pytest -q
 
 Run as a script it prints the benchmark:  python test_newllm.py [--quick] [--json FILE]
-and the comparison:  python test_newllm.py --compare DATA.jsonl [--tokens N] [--epochs N]
+and the comparison:  python test_newllm.py --compare DATA.jsonl [--tokens N] [--epochs N ...]
 """
 import builtins
 import contextlib
@@ -239,7 +239,7 @@ def test_the_word_memory_recalls_what_was_said_and_what_came_after_it():
     model.know(torch.tensor([0] * 40000 + [1] * 3000 + [2, 3, 4]), torch.arange(5))
     weight = [(5e-4 * 43003 / 40000) ** 0.5, (5e-4 * 43003 / 3000) ** 0.5, 1, 1, 1, 0, 0, 0]
     ids = torch.randint(0, 8, (3, 60))
-    found = model.memory.recall_all(model.row_of[ids])[0]
+    found = model.memory.recall(torch.stack([*model.memory(model.row_of[ids])], 1))
     for text, recalled in zip(ids.tolist(), found):
         for t in range(60):
             said = torch.tensor([sum(weight[word] * 0.99 ** (t - k) for k in range(t + 1)
@@ -1159,7 +1159,8 @@ def benchmark(quick, device):
 KINDS = {  # what differs from New-LLM as it is: Phase 1, then Phase 2 on frozen contexts
     "New-LLM": {}, "New-LLM untrained contexts": dict(iterations=0),
     "New-LLM joint": dict(iterations=0, joint=True),
-    "GRU": dict(iterations=0, joint=True), "Transformer": dict(iterations=0, joint=True)}
+    "GRU": dict(iterations=0, joint=True, word_memory=0.0),
+    "Transformer": dict(iterations=0, joint=True, word_memory=0.0)}
 ABLATIONS = {"New-LLM Phase 1 then joint": dict(joint=True, learning_rate=5e-4),
              "New-LLM original cell": dict(cell="original"),
              "New-LLM without word memory": dict(word_memory=0.0),
@@ -1169,7 +1170,7 @@ ABLATIONS = {"New-LLM Phase 1 then joint": dict(joint=True, learning_rate=5e-4),
 class Baseline(nn.Module):
     """A GRU or pre-norm Transformer in the clothes of NewLLM, so that phase2() trains all alike."""
 
-    def __init__(self, kind, vocab_size, dropout, word_memory=0, E=256, state=600, max_len=512):
+    def __init__(self, kind, vocab_size, dropout, word_memory, E=256, state=600, max_len=512):
         super().__init__()
         self.word_memory = word_memory
         self.memory = newllm.WordMemory(vocab_size) if word_memory else None
@@ -1231,9 +1232,8 @@ def train_one(kind, dropout, seed, parts, V, epochs, folder, device, **changes):
     for old in (folder / "out").glob("*"):
         old.unlink()
     torch.manual_seed(seed)
-    name, _, more = kind.partition(" with ")  # a baseline has a word memory if it says so
-    model = (Baseline(name, V, dropout, config.word_memory if more else 0)
-             if name in ("GRU", "Transformer") else
+    name = kind.split()[0]
+    model = (Baseline(name, V, dropout, config.word_memory) if name in ("GRU", "Transformer") else
              NewLLM(V, 256, 512, 512, 1, dropout=dropout, cell=config.cell,
                     embeddings="shared" if config.joint else "separate",
                     word_memory=config.word_memory))
