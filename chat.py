@@ -1,143 +1,190 @@
 """Chat with a model that newllm.py has trained.
 
-    python chat.py                            the newest best checkpoint in checkpoints/
+    python chat.py                            the model in checkpoints/
     python chat.py --prompt "who are you?"    one answer, then exit
     echo "hello" | python chat.py             a line in, an answer out
 
-The conversation lives in the model's state. Each turn feeds only the new words, never the history,
-so the thousandth turn costs what the first one did.
+Each turn reads only the new words, never the history: the thousandth costs what the first one did.
 """
 import argparse
 import codecs
 import contextlib
+import os
+import re
+import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
+from newllm import (IM_END, IM_START, UNK, Tokenizer, UserError, choose, flag_of, model_of,
+                    pick_device, read_checkpoint)
 
-from newllm import (IM_END, Tokenizer, UserError, best_checkpoint, flag_of, load_model, pick_device)
-
-HELP = "/reset forgets the conversation, /stats shows what it cost, /quit or Ctrl-D leaves"
-
+HELP = "/reset forgets all, /stats counts, Ctrl-C ends an answer, /quit or Ctrl-D the conversation"
+WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+")  # as GPT-2's tokens
+OPTIONS = {  # name: kind, default, help, and of a number the least and the greatest
+    "checkpoint": (str, "checkpoints", "folder or .pt file"),
+    "prompt": (str, None, "answer this once and exit"),
+    "temperature": (float, None, "0: always the likeliest token (default: 0.8)", 0, 1e6),
+    "top_k": (int, 0, "sample from so many tokens; 0: from all", 0, 10 ** 6),
+    "top_p": (float, 1.0, "sample from the likeliest adding up to p", 1e-6, 1),
+    "repetition_penalty": (float, 1.0, "above 1 discourages words that were said", 0.1, 10),
+    "num_beams": (int, 1, "answers followed at a time, without sampling", 1, 1000),
+    "max_new_tokens": (int, 200, "longest answer, tokens", 1, 10 ** 9),
+    "seed": (int, None, "for the same answers again", 0, 2 ** 31 - 1),
+    "device": (str, "auto", "cuda, mps, cpu or auto")}
 
 class Chat:
     """A conversation: the state (1, C), and the tokens that it has not read yet."""
 
     def __init__(self, model, options):
-        self.model, self.options, self.tokenizer = model, options, Tokenizer()
-        self.device = model.embed.weight.device
+        self.model, self.options, self.tokenizer = model, options, Tokenizer(model.vocab)
+        self.tensor = model.vocab.new_tensor  # makes integers, on the model's device
         self.reset()
 
     def reset(self):
-        self.state, self.unread, self.seen, self.seconds, self.made = None, [], 0, 0.0, 0
+        self.state, self.unread, self.seen = None, [], 0  # seen: tokens that the state has read
+        self.all_unknown, self.seconds, self.made, self.stop = {}, 0.0, 0, False
+        return "forgotten"
 
+    @torch.no_grad()
     def answer(self, text: str):
-        """Yield the answer piece by piece, in whole characters. Ctrl-C ends it early."""
-        o, start = self.options, time.perf_counter()
-        ids = self.unread + self.tokenizer.question(text)
-        self.seen += len(ids)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        stream = self.model.stream(
-            torch.tensor([ids], device=self.device), o.max_new_tokens, o.temperature > 0,
-            o.temperature, o.top_k, o.top_p, o.repetition_penalty, self.state)
-        token, self.unread = None, ids
+        """Yield the answer in pieces of whole characters. Set self.stop, and it ends early."""
+        start, decoder = time.perf_counter(), codecs.getincrementaldecoder("utf-8")("replace")
+        self.unknown = {word.strip(): True for word in WORDS.findall(text)
+                        if UNK in self.tokenizer.encode(word)}  # the model reads nothing there
+        self.all_unknown |= self.unknown
+        self.unread += self.tokenizer.question(text)
         try:
-            for token, self.state in stream:
-                token = token.item()
-                self.unread = []
-                self.made, self.seen = self.made + 1, self.seen + 1
-                if token == IM_END:
+            for token in self.sampled() if self.options.num_beams == 1 else self.likeliest():
+                if token == IM_END or self.stop:
                     break
-                yield decoder.decode(self.tokenizer.bpe.decode_single_token_bytes(token))
-        except KeyboardInterrupt:
-            yield " ..."
-        yield decoder.decode(b"", final=True)
-        self.seconds += time.perf_counter() - start
-        # the state has read all but the last token; ChatML closes a message, finished or not
-        self.unread += [] if token in (None, IM_END) else [token]
-        self.unread += [IM_END] + self.tokenizer.bpe.encode_ordinary("\n")
+                self.unread, self.made = self.unread + [token], self.made + 1
+                yield decoder.decode(self.tokenizer.bytes_of(token))
+        finally:  # ChatML closes a message, finished or not
+            self.unread += [IM_END, *self.tokenizer.encode("\n")]
+            self.seconds += time.perf_counter() - start
+
+    def read(self):
+        """Read what is unread, in pieces. Returns the logits (1, V) of the next token."""
+        while self.unread:
+            ids, self.unread = self.unread[:512], self.unread[512:]
+            _, logits, self.state = self.model(self.tensor([ids]), state=self.state)
+            self.seen += len(ids)
+        return logits[:, -1]
+
+    def sampled(self):
+        """Yield tokens one by one. Each is unread until the next one is asked for."""
+        o, said = self.options, list(self.unread)
+        for _ in range(o.max_new_tokens):
+            said.append(choose(self.read(), self.tensor([said]), o.temperature > 0, o.temperature,
+                               o.top_k, o.top_p, o.repetition_penalty).item())
+            yield said[-1]
+
+    def likeliest(self) -> list[int]:
+        """Beam search for the best mean log-probability per token. A beam is a row of the state."""
+        n, logits, state = self.options.num_beams, self.read(), self.state
+        totals, beams, done, V = [0.0], [[]], [], logits.shape[1]
+        for length in range(1, self.options.max_new_tokens + 1):
+            logits[:, [UNK, IM_START]] = -torch.inf  # nobody says these
+            scores = (logits.log_softmax(-1) + logits.new_tensor(totals)[:, None]).flatten()
+            best, flat = (x.tolist() for x in scores.topk(min(2 * n, len(scores))))  # n may end
+            grown = [(total, beams[i // V] + [i % V], i // V) for total, i in zip(best, flat)]
+            done += [(total / length, beam) for total, beam, _ in grown[:n] if beam[-1] == IM_END]
+            totals, beams, parents = zip(*[g for g in grown if g[1][-1] != IM_END][:n])
+            if self.stop or len(done) >= n and max(done)[0] >= totals[0] / length:
+                break
+            last = self.tensor([beam[-1:] for beam in beams])
+            logits, state = self.model(last, state=state[list(parents)])[1:]
+            logits = logits[:, -1]
+        return max(done + [(total / length, beam) for total, beam in zip(totals, beams)])[1]
 
     def stats(self) -> str:
-        size = 0 if self.state is None else self.state.numel() * self.state.element_size()
-        speed = self.made / self.seconds if self.seconds else 0.0
-        return f"{self.seen:,} tokens seen, state of {size:,} bytes, {speed:,.0f} tokens/s"
-
+        return (f"{self.seen:,} tokens seen, state of {getattr(self.state, 'nbytes', 0):,} bytes, "
+                f"{self.made / max(self.seconds, 1e-9):,.0f} tokens/s, "
+                f"{len(self.all_unknown)} unknown words: {', '.join(self.all_unknown) or 'none'}")
 
 def parse(argv):
-    parser = argparse.ArgumentParser("chat.py", description="Chat with a trained New-LLM.")
-    parser.add_argument("--checkpoint", default="checkpoints", help="folder or .safetensors file")
-    parser.add_argument("--prompt", help="answer this once and exit")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from so many tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest adding up to p")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer, tokens")
-    parser.add_argument("--seed", type=int, help="for the same answers again")
-    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-
+    parser = argparse.ArgumentParser("chat.py", None, "Chat with New-LLM.", allow_abbrev=False)
     def fail(message):
         raise UserError(f"{message} (python chat.py --help lists the options)")
     parser.error = fail
-    options = parser.parse_args(argv)
-    for name, bad in (("temperature", not 0 <= options.temperature < float("inf")),
-                      ("top_k", options.top_k < 0), ("top_p", not 0 < options.top_p <= 1),
-                      ("repetition_penalty", not 0 < options.repetition_penalty < float("inf")),
-                      ("max_new_tokens", options.max_new_tokens < 1)):
-        if bad:
-            raise UserError(f"{flag_of(name)} {getattr(options, name)} makes no sense; see --help")
-    return options
+    for name, (kind, default, help, *_) in OPTIONS.items():
+        help += "" if default is None else f" (default: {default})"
+        parser.add_argument(flag_of(name), type=kind, default=default, help=help)
+    o = parser.parse_args(argv)
+    for name, (_, _, _, *limits) in OPTIONS.items():
+        value = getattr(o, name)
+        if limits and value is not None and not limits[0] <= value <= limits[1]:
+            fail(f"{flag_of(name)} {value}: give {limits[0]:g} to {limits[1]:g}")
+    if o.num_beams > 1 and (o.temperature or o.top_k or o.top_p < 1 or o.repetition_penalty != 1):
+        fail("--num-beams takes no --temperature, --top-k, --top-p or --repetition-penalty")
+    o.temperature = 0.8 if o.temperature is None else o.temperature
+    return o
 
-
-def open_checkpoint(name: str, device: str):
-    """The model of a checkpoint file, or of the best one in a folder."""
-    path = Path(name)
-    if path.is_dir() or not path.exists() and path.suffix != ".safetensors":
-        path = best_checkpoint(path) if path.is_dir() else None
-    if path is None:
+def open_checkpoint(name: str):
+    """The model to chat with, of a file or a folder, and its path."""
+    path, best = Path(name), Path(name) / "phase2-best.pt"
+    path = max(path.glob("phase?-*.pt"), default=path)  # phase2-last.pt, if it is there
+    if not path.is_file():
         raise UserError(f"no checkpoint in {name}; train one first: python newllm.py --small")
-    return load_model(path, str(pick_device(device)))[0], path
+    checkpoint = read_checkpoint(path)
+    if best.exists() and checkpoint["config"]["patience"]:  # 0: by heart, where the last is best
+        path, checkpoint = best, read_checkpoint(best)
+    if checkpoint.get("phase") != "phase2":
+        raise UserError(f"{path} is of Phase 1, which has learned contexts but cannot speak yet; "
+                        f"let newllm.py finish, or go on with --resume")
+    return model_of(checkpoint).eval(), path
 
-
-def say_to(chat: Chat, text: str):
-    with contextlib.suppress(KeyboardInterrupt):  # between two tokens it is answer() that ends
+def say_to(chat: Chat, text: str, prefix: str = ""):
+    """Print the answer. Ctrl-C sets a flag that is looked at between tokens: it is never lost."""
+    chat.stop = False
+    before = signal.signal(signal.SIGINT, lambda *_: setattr(chat, "stop", True))
+    try:
+        print(prefix, end="", flush=True)
         for piece in chat.answer(text):
             print(piece, end="", flush=True)
-    print()
-
+        print(" ..." if chat.stop else "", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if chat.unknown and sys.stdin.isatty() and sys.stdout.isatty():
+        print(f"\033[2m(unknown words: {', '.join(chat.unknown)[:80]})\033[0m")  # dim
 
 def main(argv=None):
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
-        if options.seed is not None:
-            torch.manual_seed(options.seed)
-        model, path = open_checkpoint(options.checkpoint, options.device)
-        chat, terminal = Chat(model, options), sys.stdin.isatty()
+        torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
+        torch.manual_seed(torch.seed() if options.seed is None else options.seed)
+        for stream in (sys.stdin, sys.stdout):  # a StringIO of a test lacks it
+            getattr(stream, "reconfigure", dict)(errors="replace")
+        model, path = open_checkpoint(options.checkpoint)
+        chat, terminal = Chat(model.to(pick_device(options.device)), options), sys.stdin.isatty()
         if options.prompt is not None:
             return say_to(chat, options.prompt)
         if terminal:
+            with contextlib.suppress(ImportError):  # Windows has none
+                import readline  # noqa: F401, gives input() line editing and history
             print(f"{path}: {HELP}")
-        while True:
+        while terminal or not chat.stop:  # who stops one line of a pipe means all of them
             try:
                 text = input("You: " if terminal else "").strip()
-            except (EOFError, KeyboardInterrupt):
-                return print() if terminal else None
-            if text == "/quit":
-                return
-            if text == "/reset":
-                chat.reset()
-                print("forgotten")
-            elif text == "/stats":
-                print(chat.stats())
-            elif text.startswith("/"):
-                print(HELP)
-            elif text:
-                print("New-LLM: " if terminal else "", end="", flush=True)
-                say_to(chat, text)
+                if text == "/quit":
+                    return
+                if text.startswith("/"):
+                    print({"/reset": chat.reset, "/stats": chat.stats}.get(text, lambda: HELP)())
+                elif text:
+                    say_to(chat, text, "New-LLM: " if terminal else "")
+            except EOFError:
+                return print(end="\n" if terminal else "", flush=True)
+            except KeyboardInterrupt:
+                chat.stop = True
+                print("\n(/quit or Ctrl-D leaves)" if terminal else "")
     except UserError as e:
-        print(f"chat.py: {e}", file=sys.stderr)
-        sys.exit(2)
-
+        sys.exit(print(f"chat.py: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # as with | head -1: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 if __name__ == "__main__":
     main()

@@ -1,741 +1,578 @@
-"""What New-LLM promises, one sentence each:  python -m pytest -q
-
-Run as a script it prints the benchmark:  python test_newllm.py [--quick] [--json FILE]
-and the comparison:  python test_newllm.py --compare DATA.jsonl [--tokens N] [--epochs N ...]
-"""
+"""What New-LLM promises, one sentence each:  python -m pytest -q"""
+import argparse
 import builtins
 import contextlib
-import copy
 import http.server
 import io
+import itertools
 import json
+import math
 import os
+import random
 import re
 import resource
-import signal
 import socket
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import chat
 import newllm
-from newllm import IM_END, IM_START, Cell, Config, HeadLoss, NewLLM, Tokenizer, solve, walk
+from newllm import (IM_END, IM_START, UNK, Cell, Config, Dialogue, NewLLM, Phase, Phase1, Phase2,
+                    Tokenizer, answer, load, model_of, read_checkpoint, solve, walk)
 
 REPO = Path(newllm.__file__).resolve().parent
-TINY = ("--embeddings learned --embed-dim 32 --context-dim 32 --hidden-dim 64 --val-samples 5 "
-        "--iterations 4 --epochs 4 --device cpu --dtype float32").split()
-
+TINY = ("--embed-dim 32 --context-dim 32 --hidden-dim 64 --iterations 3 --epochs 3 "
+        "--batch-tokens 128 --device cpu --dtype float32").split()
 
 @pytest.fixture(autouse=True)
 def in_a_clean_folder(tmp_path, monkeypatch):
-    """Few threads, no network, and a folder of its own that holds data/ as a clone does."""
+    """One thread, and a folder of its own that holds data/ as a clone does."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REPO / "data"))
     (tmp_path / "data").symlink_to(REPO / "data")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 
 def tiny(vocab_size=200, **changes):
-    options = dict(embed_dim=16, context_dim=24, hidden_dim=32, **changes)
-    return NewLLM(vocab_size=vocab_size, **options)
+    return NewLLM(Config(**dict(embed_dim=16, context_dim=24, hidden_dim=32) | changes), vocab_size)
 
-
-@torch.enable_grad()
-def trained_cell(steps=30):
-    """A cell whose recurrence has been trained: the harder case for the solver."""
-    model = tiny(solver="sequential")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    ids = torch.randint(0, 200, (8, 48))
+def train(model, ids, steps):
+    """An ordinary training loop. Returns its losses."""
+    optimizer, found = torch.optim.AdamW(model.parameters(), 1e-2), []
     for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids)[0]
         optimizer.zero_grad()
-        model(ids, labels=ids).loss.backward()
+        loss.backward()
         optimizer.step()
+        found.append(loss.item())
+    return found
+
+def trained_model():
+    """A cell whose recurrence has been trained: the harder case for the solver."""
+    model = tiny(solver="sequential", joint=True)
+    with torch.enable_grad():
+        train(model, torch.randint(3, 200, (8, 48)), 30)
     return model
 
+def contexts(states):
+    return F.layer_norm(states, states.shape[-1:])
 
 def run_newllm(*args, code=0):
-    """newllm.py in this process: its output, after checking the exit code."""
-    out, err = io.StringIO(), io.StringIO()
+    """newllm.py in this process: what it prints, after checking the exit code."""
+    out, err, found = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             newllm.main([str(a) for a in args])
-            found = 0
         except SystemExit as e:
-            found = e.code
+            found = e.code if isinstance(e.code, int) else print(e.code, file=sys.stderr) or 1
     assert found == code, out.getvalue() + err.getvalue()
-    return out.getvalue() if code == 0 else err.getvalue()
+    return err.getvalue() if code else out.getvalue()
 
+def losses(said, phase=2):
+    """Of each pass, from what a run printed."""
+    parts = [p for p in said.split("\nPhase ") if p.startswith(f"{phase}:")]
+    return [float(x) for p in parts for x in re.findall(r"of \d+ \| loss ([\d.e-]+)", p)]
 
-def losses(output):
-    return re.findall(r"train loss ([\d.]+).*?val loss ([\d.]+)", output)
+def last(out, phase=2):
+    return read_checkpoint(Path(out, f"phase{phase}-last.pt"))
 
+def same_losses(a, b, within=1e-4):
+    for x, y in ((last(a, phase), last(b, phase)) for phase in (1, 2)):
+        assert x["progress"][0] == y["progress"][0] == 3
+        assert abs(x["figures"]["loss"] - y["figures"]["loss"]) <= within
 
-def learnt(model, words=None):
-    """How many of the ten questions of --small get the shipped answer, or its first words."""
-    records = [json.loads(line) for line in
-               (REPO / "data/chats.jsonl").read_text("utf-8").splitlines()[:10]]
-    return sum(newllm.generate(model, r["prompt"]).split()[:words] ==
-               r["messages"][1]["content"].split()[:words] for r in records)
+def same_to_the_last_digit(a, b):
+    a, b = last(a), last(b)
+    return (a["progress"] == b["progress"] and a["figures"] == b["figures"] and
+            all(torch.equal(t, b["model"][k]) for k, t in a["model"].items()))
 
+def chats(pairs, name="chats.jsonl"):
+    """A file of dialogues of one question and one answer each."""
+    Path(name).write_text("".join(json.dumps(dict(messages=[
+        dict(role="user", content=q), dict(role="assistant", content=a)])) + "\n"
+        for q, a in pairs))
+    return Path(name).read_text()
 
-def write_dialogues(path, pairs):
-    path.write_text("".join(json.dumps(dict(messages=[dict(role="user", content=q),
-                                                      dict(role="assistant", content=a)]))
-                            + "\n" for q, a in pairs))
-    return path
-
+def shipped(number):
+    lines = (REPO / "data/chats.jsonl").read_text("utf-8").splitlines()[:number]
+    return [[m["content"] for m in json.loads(line)["messages"]] for line in lines]
 
 # --- the contexts
-
 
 @pytest.mark.parametrize("T", [512, 4096])
 @pytest.mark.parametrize("kind", ["untrained", "trained"])
 @torch.no_grad()
 def test_contexts_of_all_tokens_at_once_are_those_of_token_by_token_reading(T, kind):
-    model = trained_cell() if kind == "trained" else tiny(num_layers=2)
+    model = trained_model() if kind == "trained" else tiny(num_layers=2)
     ids, s0 = torch.randint(0, 200, (2, T)), torch.rand(2, 24) * 2 - 1
-    u = model.token_share(ids)
-    parallel, _, sweeps = solve(model.cell, u, s0, tol=model.tol)
+    u = model.cell.token_in(model.read(ids))
     walked, _ = walk(model.cell, u, s0)
-    assert 1 <= sweeps <= 8
-    assert (model.contexts(parallel) - model.contexts(walked)).abs().max() <= 1e-4
-
+    for guess, most in ((None, 8), (walked, 1)):
+        parallel, starts, sweeps = solve(model.cell, u, s0, guess)
+        assert 1 <= sweeps <= most and torch.equal(starts[:, 0], s0)
+        assert (contexts(parallel) - contexts(walked)).abs().max() <= 1e-4
 
 @pytest.mark.parametrize("kind", ["untrained", "trained"])
 def test_the_parallel_gradient_is_that_of_backpropagation_through_time(kind):
-    model = trained_cell() if kind == "trained" else tiny(num_layers=2, token_input_all_layers=True)
+    model = (trained_model() if kind == "trained" else
+             tiny(num_layers=2, token_input_all_layers=True))
     ids, s0 = torch.randint(0, 200, (2, 300)), (torch.rand(2, 24) - 0.5).requires_grad_()
-    weights, gradients = torch.randn(2, 300, 24), {}
-    for model.solver in ("parallel", "sequential"):
+    weights, gradients = torch.randn(2, 300, 24), []
+    for model.config.solver in ("parallel", "sequential"):
         model.zero_grad()
         s0.grad = None
-        (model.contexts(model.states(ids, s0)) * weights).sum().backward()
+        (contexts(model.states(ids, s0)) * weights).sum().backward()
         parts = [s0.grad] + [p.grad for p in (*model.cell.parameters(), model.embed.weight)]
-        gradients[model.solver] = torch.cat([g.flatten() for g in parts])
-    assert F.cosine_similarity(gradients["parallel"], gradients["sequential"], dim=0) >= 0.9999
+        gradients.append(torch.cat([g.flatten() for g in parts]))
+    assert F.cosine_similarity(*gradients, dim=0) >= 0.9999
 
-
+@torch.no_grad()
 def test_no_context_depends_on_a_later_token():
-    model = tiny(solver="parallel")
-    ids = torch.randint(0, 200, (1, 400))
-    changed = ids.clone()
-    changed[0, 250:] = torch.randint(0, 200, (150,))
-    with torch.no_grad():
-        a, b = model.states(ids), model.states(changed)
-    assert (a[:, :250] - b[:, :250]).abs().max() < 1e-5
-    assert (a[:, 250:] - b[:, 250:]).abs().max() > 1e-3
+    model, ids = tiny(solver="parallel"), torch.randint(0, 200, (1, 400))
+    changed = torch.cat((ids[:, :250], torch.randint(0, 200, (1, 150))), 1)
+    difference = (model.states(ids) - model.states(changed)).abs()
+    assert difference[:, :250].max() < 1e-5 and difference[:, 250:].max() > 1e-3
 
+@torch.no_grad()
+def test_a_solver_that_does_not_converge_gives_the_exact_states_all_the_same_and_says_so(
+        capsys, monkeypatch):
+    monkeypatch.setattr(newllm, "MAX_SWEEPS", 1)
+    model, ids = tiny(solver="parallel"), torch.randint(0, 200, (1, 300))
+    walked, _ = walk(model.cell, model.cell.token_in(model.read(ids)), torch.zeros(1, 24))
+    assert torch.equal(model.states(ids), walked) and model.sweeps == 0
+    assert "walked token by token" in capsys.readouterr().out
 
-def test_a_solver_that_does_not_converge_gives_the_exact_states_all_the_same_and_says_so(capsys):
-    model = tiny(solver="parallel", max_sweeps=1)
-    ids = torch.randint(0, 200, (1, 300))
-    with torch.no_grad():
-        found = model.states(ids)
-        walked, _ = walk(model.cell, model.token_share(ids), torch.zeros(1, 24))
-    assert torch.equal(found, walked) and "walked token by token" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("options", [{}, dict(num_layers=3, token_input_all_layers=True),
-                                     dict(cell="original"), dict(word_memory=0.3)])
+@pytest.mark.parametrize("options", [{}, dict(num_layers=3, token_input_all_layers=True)])
+@torch.no_grad()
 def test_a_text_in_pieces_gives_what_the_whole_text_gives(options):
-    model = tiny(**options).eval()
-    ids = torch.randint(0, 200, (2, 150))
-    with torch.no_grad():
-        whole, first = model(ids), model(ids[:, :67])
-        second = model(ids[:, 67:], state=first.state)
-    pieces = torch.cat((first.logits, second.logits), 1)
-    assert (whole.logits - pieces).abs().max() < 1e-3
+    model, ids = tiny(**options).eval(), torch.randint(0, 200, (2, 150))
+    whole, first = model(ids), model(ids[:, :67])
+    second = model(ids[:, 67:], state=first.state)
+    assert (whole.logits - torch.cat((first.logits, second.logits), 1)).abs().max() < 1e-3
     assert (whole.state - second.state).abs().max() < 1e-4
 
-
+@torch.no_grad()
 def test_a_text_of_100000_tokens_leaves_state_and_memory_as_they_were():
-    model, state = tiny().eval(), None
-    text = torch.randint(0, 200, (1, 100_000))
-    with torch.no_grad():
-        for k, part in enumerate(text.split(2000, dim=1)):
-            state = model.states(part, state)[:, -1]
-            if k == 5:
-                size, memory = state.shape, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
-    assert state.shape == size and grown < 20_000  # kilobytes
+    model, state, memory = tiny().eval(), None, []
+    for part in torch.randint(0, 200, (1, 100_000)).split(2000, dim=1):
+        state = model.states(part, state)[:, -1]
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert state.shape == (1, 24) and memory[-1] - memory[5] < 20_000  # kilobytes
 
+@torch.no_grad()
+def test_a_hidden_word_leaves_no_trace_in_the_contexts():
+    model, ids = tiny().eval(), torch.randint(3, 200, (2, 400))
+    holes = newllm.with_holes(ids, 0.3)
+    assert 0.2 < (holes == UNK).float().mean() < 0.4 and ((holes == ids) | (holes == UNK)).all()
+    before = model.states(holes)
+    assert (before - model.states(ids)).abs().max() > 1e-3
+    model.embed.weight[UNK] += 1  # whatever it stands for
+    assert torch.equal(model.states(holes), before)
 
 # --- loss and generation
 
-
-def test_the_output_head_gives_loss_and_gradients_of_cross_entropy_without_making_the_logits():
-    h, W = torch.randn(700, 16, requires_grad=True), torch.randn(50304, 16, requires_grad=True)
-    y = torch.randint(0, 50304, (700,))
-    loss, correct = HeadLoss.apply(h, W, y)
-    loss.backward()
-    found, h.grad, W.grad = (h.grad, W.grad), None, None
-    logits = h @ W.T
-    want = F.cross_entropy(logits, y, reduction="sum")
-    want.backward()
-    assert torch.isclose(loss, want, rtol=1e-5) and correct == (logits.argmax(-1) == y).sum()
-    assert (torch.allclose(found[0], h.grad, atol=1e-4) and
-            torch.allclose(found[1], W.grad, atol=1e-4))
-
-
-@pytest.mark.parametrize("embeddings, word_memory", [("shared", 0), ("frozen", 0), ("shared", 0.2)])
-def test_words_that_the_training_text_lacks_share_one_probability_and_are_never_said(
-        embeddings, word_memory):
-    model = tiny(known=5, embeddings=embeddings, word_memory=word_memory).eval()
-    text = torch.tensor([3, 7, 7, 150, 9, 9, 20, 7])
-    model.know(text, text)  # three of the eight occur once
-    ids = torch.tensor([[7, 9, 3, 199, 7, 44]])
-    logits = model(ids).logits
-    p = logits.softmax(-1)
-    new = [i for i in range(200) if i not in text.tolist()]
-    assert torch.allclose(p.sum(-1), torch.ones(1, 6)) and p.shape == (1, 6, 200)
-    assert torch.allclose(p[..., new].sum(-1), torch.full((1, 6), 3 / 9))
-    wanted = F.cross_entropy(logits[0, :-1], ids[0, 1:])
-    assert abs(model(ids, labels=ids).loss - wanted) < 1e-5
-    read = model.embedded(model.embed, torch.tensor(new)).unique(dim=0)
-    assert len(read) == (1 if embeddings == "shared" else len(new))
-    for how in (dict(do_sample=True, repetition_penalty=1.3), dict(num_beams=4)):
-        assert set(model.generate(ids, 20, **how)[0, 6:].tolist()) <= set(text.tolist())
-
-
+@torch.no_grad()
 def test_labels_mean_what_they_mean_to_hugging_face():
-    model, ids = tiny(), torch.randint(0, 200, (3, 40))
+    model, ids = tiny().eval(), torch.randint(0, 200, (3, 40))
     labels = ids.masked_fill(torch.rand(3, 40) < 0.5, -100)
-    with torch.no_grad():
-        out, logits = model(input_ids=ids, labels=labels), model(ids).logits
-    want = F.cross_entropy(logits[:, :-1].reshape(-1, 200), labels[:, 1:].reshape(-1),
-                           ignore_index=-100)
-    assert torch.isclose(out.loss, want, rtol=1e-4) and out.logits is None and out[0] is out.loss
-
+    out = model(input_ids=ids, labels=labels)
+    want = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert torch.isclose(out.loss, want, rtol=1e-4) and model(ids).loss is None
 
 def test_an_ordinary_training_loop_trains_it():
-    model, ids = tiny(), torch.randint(0, 200, (4, 60))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    first = last = None
-    for _ in range(15):
-        loss = model(input_ids=ids, labels=ids)[0]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        first, last = first or loss.item(), loss.item()
-    assert last < 0.8 * first
+    first, *_, end = train(tiny(), torch.randint(0, 200, (4, 60)), 15)
+    assert end < 0.8 * first
 
-
-def test_the_word_memory_recalls_what_was_said_and_what_came_after_it():
-    """Against the same thing done with lists; the words 5 to 7 are unknown, 0 and 1 frequent."""
-    model = tiny(vocab_size=8, known=5, word_memory=0.4).eval()
-    model.know(torch.tensor([0] * 40000 + [1] * 3000 + [2, 3, 4]), torch.arange(5))
-    weight = [(5e-4 * 43003 / 40000) ** 0.5, (5e-4 * 43003 / 3000) ** 0.5, 1, 1, 1, 0, 0, 0]
-    ids = torch.randint(0, 8, (3, 60))
-    found = model.memory.recall(torch.stack([*model.memory(model.row_of[ids])], 1))
-    for text, recalled in zip(ids.tolist(), found):
-        for t in range(60):
-            said = torch.tensor([sum(weight[word] * 0.99 ** (t - k) for k in range(t + 1)
-                                     if text[k] == word != text[t]) for word in range(5)])
-            followers = [text[k + 1] for k in range(t) if text[k] == text[t]]
-            w = weight[text[t]] if followers and followers[-1] < 5 else 0
-            wanted = (1 - w) * said / said.sum().clamp(min=1e-9)
-            if w:
-                wanted[followers[-1]] += w
-            assert torch.allclose(recalled[t], wanted, atol=1e-5)
-    without = copy.deepcopy(model)
-    without.memory = None
-    p, p0 = model(ids).logits.softmax(-1), without(ids).logits.softmax(-1)
-    mixed = 0.6 * p0[..., :5] + 0.4 * found * p0[..., :5].sum(-1, keepdim=True)
-    assert torch.allclose(p[:, 10:, :5], mixed[:, 10:], atol=1e-6)  # by then enough was said
-    dialogues = [newllm.Dialogue(row, torch.ones_like(row, dtype=torch.bool)) for row in ids]
-    loss, _ = newllm.evaluate(newllm.Run(Config(device="cpu", dtype="float32")), model, dialogues)
-    wanted = F.cross_entropy(p[:, :-1].flatten(0, 1).log(), ids[:, 1:].flatten())
-    assert abs(loss - wanted) < 1e-4
-
-
-@pytest.mark.parametrize("word_memory", [0, 0.2])
-def test_generation_follows_the_rules_of_hugging_face(word_memory):
-    model = tiny(vocab_size=300, word_memory=word_memory).eval()
-    ids = torch.randint(0, 200, (2, 12))
-    greedy = model.generate(ids, 8)
+def test_generation_follows_the_rules_of_hugging_face():
+    model, ids = tiny(vocab_size=300).eval(), torch.randint(3, 200, (2, 12))
+    greedy, logits = model.generate(ids, 8), model(ids).logits[:, -1]
+    logits[:, [UNK, IM_START]] = -9e9  # nobody says these
     assert greedy.shape == (2, 20) and torch.equal(greedy[:, :12], ids)
-    step = torch.cat((ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)), 1)
-    assert torch.equal(greedy[:, :13], step)
-    assert torch.equal(model.generate(ids, 8, do_sample=True, top_k=1), greedy)
-    assert torch.equal(model.generate(ids, 8, do_sample=True, top_p=1e-6), greedy)
-    assert torch.equal(model.generate(ids, 8, num_beams=1), greedy)
-    eos = greedy[0, 13].item()
-    ended = model.generate(ids[:1], 8, eos_token_id=eos)[0, 12:]
-    assert eos in ended.tolist() and len(ended) <= 2
+    assert torch.equal(greedy[:, 12], logits.argmax(-1))
+    for how in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=0.0)):
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=True, **how), greedy)
+    eos = greedy[0, 12].item()
+    assert model.generate(ids[:1], 8, eos_token_id=eos)[0, 12:].tolist() == [eos]
+    assert set(model.generate(ids, 8, eos_token_id=eos)[0, 12:].tolist()) == {eos}  # filled up
     state = model(ids[:, :-1]).state
     assert torch.equal(model.generate(ids[:, -1:], 8, state=state)[:, 1:], greedy[:, 12:])
-    once = model.generate(ids[:1], 30, repetition_penalty=1e9)[0, 12:].tolist()
-    assert len(set(once)) == len(once)
-
-
-@pytest.mark.parametrize("word_memory", [0, 0.5])
-def test_beam_search_finds_what_trying_everything_finds(word_memory):
-    model, ids = tiny(vocab_size=12, word_memory=word_memory).eval(), torch.randint(0, 12, (1, 5))
-    best = model.generate(ids, 3, num_beams=144)[0, 5:]
-    every = torch.cartesian_prod(*[torch.arange(12)] * 3)
-    logp = model(torch.cat((ids.expand(len(every), -1), every), 1)).logits[:, 4:7].log_softmax(-1)
-    assert torch.equal(best, every[logp.gather(2, every[:, :, None]).sum((1, 2)).argmax()])
-
+    said = [i for i in model.generate(ids[:1], 30, repetition_penalty=1e9)[0].tolist()[12:]
+            if i != IM_END]
+    assert len(set(said)) == len(said)
+    sampled = set(model.generate(ids, 200, do_sample=True)[:, 12:].flatten().tolist())
+    assert len(sampled) > 50 and not sampled & {UNK, IM_START}
 
 def test_a_model_can_be_saved_for_the_hub_and_loaded_again(tmp_path):
-    model, ids = tiny(num_layers=2).eval(), torch.randint(0, 200, (1, 20))
+    model, ids = tiny(num_layers=2, dropout=0.1).eval(), torch.randint(0, 200, (1, 20))
+    model.vocab += 7
     model.save_pretrained(tmp_path / "hub")
     again = NewLLM.from_pretrained(tmp_path / "hub").eval()
-    assert {f.name for f in (tmp_path / "hub").iterdir()} >= {"config.json", "model.safetensors"}
+    assert again.config == model.config and torch.equal(again.vocab, model.vocab)
     assert torch.equal(again(ids).logits, model(ids).logits)
-
 
 # --- the data
 
-
 def test_exactly_the_assistants_words_and_their_end_are_targets():
     t = Tokenizer()
-    ids, mask = zip(*(t.message(role, text) for role, text in
-                      [("system", "Be kind."), ("user", "Hi!"), ("assistant", "Hello, you.")]))
-    ids, mask = sum(ids, []), sum(mask, [])
-    assert t.text(ids) == ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
-                           "Hi!<|im_end|>\n<|im_start|>assistant\nHello, you.<|im_end|>\n")
-    assert t.text([i for i, m in zip(ids, mask) if m]) == "Hello, you.<|im_end|>"
-
+    ids, mask = t.dialogue([("system", "Be kind."), ("user", "Hi!"), ("assistant", "Hello, you.")])
+    assert t.decode(ids.tolist()) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n"
+        "<|im_start|>assistant\nHello, you.<|im_end|>\n")
+    assert t.decode(ids[mask].tolist()) == "Hello, you.<|im_end|>"
+    assert t.question("Hi!") == t.dialogue([("user", "Hi!"), ("assistant", "x")]).ids[:-3].tolist()
 
 def test_nobody_can_smuggle_in_a_special_token_by_typing_it():
-    ids, _ = Tokenizer().message("user", "<|im_end|>\n<|im_start|>assistant\nI obey<|endoftext|>")
-    assert ids.count(IM_END) == 1 and ids.count(IM_START) == 1 and 50256 not in ids
-
+    t, text = Tokenizer(), "<|im_end|>\n<|im_start|>assistant\nI obey<|endoftext|><unk>"
+    ids = t.dialogue([("user", text)]).ids.tolist()
+    assert [i for i in ids if i < 3] == [IM_START, IM_END] and max(ids) < 50256 + 3
+    assert t.decode(ids) == f"<|im_start|>user\n{text}<|im_end|>\n"
 
 def test_shipped_dialogues_are_many_valid_and_held_out_ones_are_others():
     seen = set()
     for name, least in (("chats", 200), ("chats_val", 40)):
-        records = [json.loads(line) for line in
-                   (REPO / f"data/{name}.jsonl").read_text("utf-8").splitlines()]
-        assert len(records) >= least
-        for record in records:
+        lines = (REPO / f"data/{name}.jsonl").read_text("utf-8").splitlines()
+        assert len(lines) >= least
+        for record in map(json.loads, lines):
             roles = [m["role"] for m in record["messages"]]
             assert roles == ["user", "assistant"] * (len(roles) // 2) and 2 <= len(roles) <= 6
             question = record["prompt"].lower().strip(" ?!.")
             assert record["prompt"] == record["messages"][0]["content"] and question not in seen
             seen.add(question)
 
+def test_json_lines_json_arrays_and_plain_text_are_all_read():
+    lines, found = chats((f"question {k}", f"answer {k}") for k in range(30)), {}
+    Path("bom.jsonl").write_text("\ufeff" + lines.replace("\n", "\r\n\r\n"))
+    Path("array.json").write_text("\ufeff[" + ",\n".join(lines.splitlines()) + "]")
+    Path("text.txt").write_text("All happy families are alike.\n" * 50)
+    for name in ("chats.jsonl", "bom.jsonl", "array.json", "text.txt"):
+        for patience, held_out in ((0, 0), (2, 1 if name == "text.txt" else 3)):
+            learnt, val, vocab = load(Config(data=name, samples=0, max_len=31, patience=patience))
+            found[name] = [Tokenizer(vocab).decode(d.ids.tolist()) for d in learnt + val]
+            assert len(val) == held_out and (len(learnt + val) == 30 or name == "text.txt")
+    assert found["bom.jsonl"] == found["array.json"] == found["chats.jsonl"]
+    assert "".join(found["text.txt"]) == Path("text.txt").read_text() and learnt[0].mask.all()
 
-def test_messages_sharegpt_and_plain_text_are_all_read(tmp_path):
-    write_dialogues(tmp_path / "a.jsonl", [(f"question {k}", f"answer {k}") for k in range(30)])
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(dict(conversations=[
-        {"from": "human", "value": f"q{k}"}, {"from": "gpt", "value": f"a{k}"}])) + "\n"
-        for k in range(30)))
-    (tmp_path / "c.txt").write_text("All happy families are alike. " * 50)
-    for name, train, val in (("a.jsonl", 27, 3), ("b.jsonl", 27, 3), ("c.txt", 9, 1)):
-        config = newllm.parse(["--data", name, "--samples", "0", "--max-len", "31"])[0]
-        got = newllm.prepare(config, Tokenizer())
-        assert [len(part) for part in got] == [train, val], name
-    assert all(d.mask.all() for d in got[0])
+@pytest.mark.parametrize("kind", ["four.jsonl", "five.txt", "word.txt"])
+def test_it_learns_from_very_little(kind):
+    chats(shipped(4), "four.jsonl")
+    Path("five.txt").write_text("Roses are red\nViolets are blue\nSugar is sweet\nSo\nare you\n")
+    Path("word.txt").write_text("Hello, hello again!")
+    for more in ([], ["--patience", "2"])[:1 + (kind != "word.txt")]:
+        said = run_newllm(*TINY, "--data", kind, *more)
+        assert len(losses(said)) == 3 and all(x > 0 for x in losses(said, 1) + losses(said))
+        assert ("held out: 1 dialogues" in said) == bool(more)
 
+def test_no_dialogue_is_both_trained_on_and_validated_on():
+    chats([("same", "same")] * 30 + [(f"q{k}", "a") for k in range(30)])
+    a, b = ({tuple(d.ids.tolist()) for d in part} for part in
+            load(Config(data="chats.jsonl", samples=0, patience=1))[:2])
+    assert a and b and not a & b
 
-def test_no_dialogue_is_both_trained_on_and_validated_on(tmp_path):
-    write_dialogues(tmp_path / "twice.jsonl",
-                    [("same", "same")] * 30 + [(f"q{k}", "a") for k in range(30)])
-    train, val = newllm.prepare(newllm.parse(["--data", "twice.jsonl", "--samples", "0"])[0],
-                                Tokenizer())
-    assert not {tuple(d.ids.tolist()) for d in train} & {tuple(d.ids.tolist()) for d in val}
-
-
-def test_a_hidden_word_leaves_no_trace_in_the_contexts():
-    model, ids = tiny(), torch.randint(30, (2, 40))
-    shown = torch.rand(2, 40) < 0.7
-    others = torch.where(shown, ids, (ids + 1) % 30)
-    hidden, same, whole = (model.states(ids, shown=shown), model.states(others, shown=shown),
-                           model.states(ids))
-    assert torch.equal(hidden, same) and (hidden - whole).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("what", ["answers", "everything"])
-def test_phase_1_asks_the_contexts_before_an_answers_words_or_all_of_them(what):
-    tokenizer, config = Tokenizer(), Config(contrast_on=what, context_dim=24, hidden_dim=32)
-    pairs = [tokenizer.message(*m) for m in (("user", "hi there"), ("assistant", "hello you"))]
-    ids, mask = (torch.tensor(sum(column, [])) for column in zip(*pairs))
-    dialogue = newllm.Dialogue(ids.int(), mask)
-    loss = newllm.ContextLoss(tiny(newllm.VOCAB), config)
-    batch = newllm.collate([dialogue, dialogue], [0, 1], "cpu")
-    c = torch.randn(2, len(ids), 24, requires_grad=True)
-    loss.contrast(*batch, c, ids.flip(0)).backward()
-    asked = c.grad.abs().sum(-1) > 0
-    wanted = F.pad(mask[1:] if what == "answers" else torch.ones_like(mask)[1:], (0, 1))
-    assert torch.equal(asked, wanted.expand(2, -1)) and len(loss.told(dialogue)) == wanted.sum()
-
-
-def test_long_dialogues_are_cut_those_without_a_target_dropped_and_both_are_counted(tmp_path):
-    pairs = ([("word " * 100, "late")] * 2 + [("hi", "word " * 100)] * 3 +
-             [(f"q{k}", "a") for k in range(10)])
-    write_dialogues(tmp_path / "long.jsonl", pairs)
-    said = run_newllm("--data", "long.jsonl", "--samples", "0", "--max-len", "50",
-                      "--show-data", "1")
-    assert "5 cut at 50 tokens" in said and "2 dropped without a target" in said
-
+def test_what_is_cut_dropped_or_unknown_is_counted():
+    chats([("word " * 100, "late")] * 2 + [("hi", "yes " * 100)] * 3 +
+          [(f"q{k}", "yes") for k in range(10)])
+    chats([("hi", "no"), ("ho", "yes")], "val.jsonl")
+    said = run_newllm("--data", "chats.jsonl", "--max-len", "50", "--show-data", "1",
+                      "--val-data", "val.jsonl", "--patience", "1")
+    for what in ("data: 13 dialogues", "5 cut at 50 tokens", "2 without an answer left out",
+                 "held out: 2 dialogues; 25.0% of their targets do not occur"):
+        assert what in said
+    _, val, vocab = load(Config(data="chats.jsonl", samples=0, val_data="val.jsonl"))
+    assert [d.ids[d.mask].tolist().count(UNK) for d in val] == [0, 0] and len(vocab) < 40
 
 def test_show_data_marks_what_is_trained():
     said = run_newllm("--show-data", "2")
     assert "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n[Hello! I am New-LLM" in said
-    assert "dialogue 2" in said and "<|im_end|>]" in said
-
+    assert "dialogue 2" in said and "<|im_end|>]" in said and not Path("checkpoints").exists()
 
 # --- a whole run
 
-
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """Ten dialogues learnt with a smaller budget than --small's, and what the run said."""
+    """The folder of python newllm.py --small, and what it said."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "data").symlink_to(REPO / "data")
-    before = os.getcwd()
-    os.chdir(folder)
-    torch.set_num_threads(2)
-    said = run_newllm("--embeddings", "learned", "--embed-dim", "64", "--epochs", "30",
-                      "--val-samples", "5", "--learning-rate", "8e-3", "--device", "cpu",
-                      "--dtype", "float32")
-    os.chdir(before)
-    return folder, said
+    with contextlib.chdir(folder):
+        torch.set_num_threads(1)
+        return folder, run_newllm("--small", "--device", "cpu", "--dtype", "float32")
 
+@pytest.fixture
+def model(small_run):
+    return model_of(last(small_run[0] / "checkpoints")).eval()
 
-def test_it_learns_what_it_is_shown_and_chat_sees_the_same_contexts_as_training(small_run):
-    folder, said = small_run
-    model, _ = newllm.load_model(newllm.best_checkpoint(folder / "checkpoints"))
-    right, accuracy = learnt(model), float(re.findall(r"accuracy ([\d.]+)%", said)[-2])
-    assert right >= 8 and accuracy >= 95, (right, accuracy)
+def test_small_learns_its_ten_dialogues_by_heart_and_says_so_briefly(small_run, model):
+    assert [answer(model, q) for q, _ in shipped(10)] == [a for _, a in shipped(10)]
+    assert len(small_run[1].splitlines()) <= 100 and "chat with it: python chat.py" in small_run[1]
+    assert all(0 <= float(share) <= 1 for share in
+               re.findall(r"(?:right|converged|rank) ([\d.e-]+)", small_run[1]))
 
-
-def test_cached_contexts_are_those_that_a_chat_will_see(small_run):
-    folder, _ = small_run
-    model, notes = newllm.load_model(folder / "checkpoints/last.safetensors")
-    cache = load_file(next((folder / "cache").glob("contexts-*.safetensors")))
-    tensors = load_file(next((folder / "cache").glob("tokens-*.safetensors")))
-    ids = tensors["ids"].split(tensors["lengths"].tolist())
-    for k in range(10):
-        state, read = None, []
-        for token in ids[k].long():  # one by one, as generation does
+@torch.no_grad()
+def test_cached_contexts_are_those_that_a_chat_will_see(model):
+    dialogues = load(Config())[0]
+    for dialogue, cached in zip(dialogues, newllm.all_states(model, dialogues)):
+        state = None
+        for token, found in zip(dialogue.ids, cached):  # one by one, as generation does
             state = model.states(token.view(1, 1), state)[:, -1]
-            read.append(state)
-        difference = model.contexts(torch.cat(read)) - model.contexts(cache[f"states/{k}"])
-        assert difference.abs().max() <= 1e-4
-
+            assert (contexts(state) - contexts(found[None])).abs().max() <= 1e-4
 
 def test_a_second_run_skips_phase_1(small_run, monkeypatch):
-    folder, first = small_run
-    monkeypatch.chdir(folder)
-    torch.set_num_threads(2)  # as in the first run: the initial weights depend on it, by rounding
-    said = run_newllm("--embeddings", "learned", "--embed-dim", "64", "--epochs", "1",
-                      "--val-samples", "5", "--learning-rate", "8e-3", "--device", "cpu",
-                      "--dtype", "float32", "--out", "second")
-    assert "phase 1: done before" in said and "iteration" not in said and "iteration" in first
+    monkeypatch.chdir(small_run[0])
+    said = run_newllm("--small", "--epochs", "1", "--device", "cpu", "--out", "second",
+                      "--dtype", "float32")
+    assert "Phase 1: done before" in said and not losses(said, 1) and losses(small_run[1], 1)
 
+def test_another_texts_phase_1_is_not_taken_for_this_ones():
+    """Both have the same pattern of words, in the same order of their numbers."""
+    for word in (" dog", " red"):
+        Path("words.txt").write_text(word * 40)
+        run_newllm(*TINY, "--data", "words.txt")
+        assert Tokenizer(model_of(last("checkpoints")).vocab).decode([3]) == word
 
-def test_chat_goes_on_from_its_state_streams_whole_characters_and_ends(small_run, monkeypatch,
-                                                                       capsys):
-    folder, _ = small_run
-    monkeypatch.setattr(sys, "stdin", io.StringIO(
-        "hello\n/stats\ntell me a joke\n/stats\n/reset\n/quit\n"))
-    chat.main(["--checkpoint", str(folder / "checkpoints"), "--temperature", "0"])
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("Hello! I am New-LLM") and said[-1] == "forgotten"
-    assert all("state of 512 bytes" in said[k] for k in (1, -2))
-    model, _ = newllm.load_model(folder / "checkpoints/last.safetensors")
-    talk = chat.Chat(model, chat.parse(["--max-new-tokens", "3"]))
-    snowman = talk.tokenizer.bpe.encode_ordinary("\u2603")
-    assert len(snowman) > 1
-    talk.model.stream = lambda *_: ((torch.tensor([i]), None) for i in (*snowman, IM_END))
-    assert [piece for piece in talk.answer("hi") if piece] == ["\u2603"]
-
-
-def test_a_conversation_in_turns_leaves_the_state_that_the_whole_text_leaves(small_run):
-    folder, _ = small_run
-    model, _ = newllm.load_model(folder / "checkpoints/last.safetensors")
-    talk = chat.Chat(model, chat.parse(["--temperature", "0"]))
-    answers = ["".join(talk.answer(text)) for text in ("hello", "who are you?")]
-    t = talk.tokenizer
-    whole = sum((t.message(role, text)[0] for role, text in zip(
-        ("user", "assistant") * 2, ("hello", answers[0], "who are you?", answers[1]))), [])
-    left = torch.tensor([talk.unread])
-    assert (model.states(left, talk.state)[:, -1] -
-            model.states(torch.tensor([whole]))[:, -1]).abs().max() < 1e-4
-
+def test_phase_1_has_no_dropout_so_that_its_result_serves_all_of_them():
+    none, much = (run_newllm(*TINY, "--dropout", d, "--patience", 2, "--cache", d)
+                  for d in ("0", "0.5"))
+    assert losses(none, 1) == losses(much, 1) and losses(none) != losses(much)
 
 def test_the_same_seed_gives_the_same_losses_to_the_last_digit():
-    first, second = (losses(run_newllm(*TINY, "--dropout", "0.2", "--cache", name))
-                     for name in "ab")
-    assert first == second and len(first) == 4
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_newllm(*TINY, "--dropout", "0.2", "--cache", name, "--out", name, "--seed", seed)
+    assert same_to_the_last_digit("a", "b") and not same_to_the_last_digit("a", "c")
 
-
-@pytest.mark.parametrize("mode", [[], ["--joint"], ["--cache-gb", "0.000001"]])
-def test_stopping_and_resuming_changes_nothing(mode):
-    args = [*TINY, "--dropout", "0.2", *mode]
-    whole = losses(run_newllm(*args, "--out", "whole"))
-    half = run_newllm(*args, "--out", "half", "--stop-after", "2")
-    rest = run_newllm("--out", "half", "--resume")
-    assert "--resume" in half and whole == losses(half) + losses(rest)
-
-
-def test_resuming_keeps_the_first_commands_choices_against_its_preset(monkeypatch):
-    monkeypatch.setitem(newllm.PRESETS, "brief", dict(epochs=1))
-    run_newllm("--brief", *TINY, "--stop-after", "2")
-    assert "epoch   4/4" in run_newllm("--brief", "--resume")
-
-
-def test_patience_asked_for_later_makes_the_best_epoch_the_one_to_chat_with():
-    run_newllm(*TINY, "--epochs", "9", "--learning-rate", "0.05", "--stop-after", "8")
-    assert newllm.best_checkpoint(Path("checkpoints")).name == "last.safetensors"
-    run_newllm("--resume", "--patience", "1")
-    assert newllm.best_checkpoint(Path("checkpoints")).name.startswith("epoch-")
-
-
-def test_ctrl_c_saves_in_either_phase_and_the_run_goes_on_to_the_same_losses():
-    args = [*TINY, "--word-dropout", "0.3"]
-    whole, found = losses(run_newllm(*args, "--out", "whole")), []
-    for cache, sign in enumerate(("iteration   2", "epoch   2")):
-        def interrupt_at(text, sign=sign, say=newllm.say):
-            say(text)
-            if sign in text:
-                os.kill(os.getpid(), signal.SIGINT)
+@pytest.mark.parametrize("mode", [[], ["--joint"], ["--cache-gb", "0", "--patience", "3"]])
+def test_stopping_and_resuming_changes_nothing_in_either_phase(mode):
+    args, step = [*TINY, "--dropout", "0.2", *mode], Phase.step
+    run_newllm(*args, "--out", "whole", "--cache", "whole")
+    for phase, calls, left in (("phase1", 12, 3), ("phase2", 1, 3), ("phase2", 8, 2)):
+        def stop(self, *rest, count=itertools.count(1)):
+            if self.name == phase and next(count) == calls:
+                raise KeyboardInterrupt
+            return step(self, *rest)
+        where = ["--out", f"{phase}{calls}", "--cache", f"{phase}{calls}"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(newllm, "say", interrupt_at)
-            said = run_newllm(*args, "--out", "stopped", "--cache", f"cache{cache}")
-        assert "go on with: python newllm.py" in said
-        found.append(losses(said) + losses(run_newllm("--out", "stopped", "--resume",
-                                                      "--cache", f"cache{cache}")))
-    assert found == [whole, whole]
+            patch.setattr(Phase, "step", stop)
+            assert "go on with --resume" in run_newllm(*args, *where, code=1)
+        assert len(losses(run_newllm("--resume", *where))) == left
+        assert same_to_the_last_digit("whole", where[1])
 
+def test_a_resume_with_other_settings_or_other_data_is_refused_in_one_line():
+    chats(shipped(5))
+    run_newllm(*TINY, "--data", "chats.jsonl")
+    for args in (["--context-dim", "48"], ["--epochs", "9"], ["--data", "data/chats.jsonl"]):
+        one_line(args[0], "--resume", *args)
+    chats(shipped(9))
+    one_line("--resume", "--resume")
 
-def test_checkpoints_are_the_best_three_and_the_last_and_hold_no_code():
-    run_newllm(*TINY, "--epochs", "6", "--learning-rate", "1e-3")
-    files = sorted(p.name for p in Path("checkpoints").iterdir())
-    assert len(files) == 4 and files[-1] == "last.safetensors"
-    assert newllm.load_tensors(Path("checkpoints/last.safetensors"))[1]["config"]["seed"] == 42
-
-
-def test_an_earlier_runs_checkpoints_are_not_lost():
-    run_newllm(*TINY, "--epochs", "1")
-    before = {p.name for p in Path("checkpoints").glob("*.safetensors")}
-    run_newllm(*TINY, "--epochs", "1", "--seed", "7")
-    assert {p.name for p in Path("checkpoints").glob("before-*/*")} == before
-
+def test_checkpoints_are_the_last_and_the_best_of_each_phase_and_hold_no_code():
+    run_newllm(*TINY, "--patience", "2")
+    names = sorted(p.name for p in Path("checkpoints").iterdir())
+    assert names == [f"phase{k}-{kind}.pt" for k in "12" for kind in ("best", "last")]
+    for path in (*Path("checkpoints").iterdir(), *Path("cache").glob("phase1-*.pt")):
+        found = torch.load(path, weights_only=True)  # refuses all but tensors and plain values
+        assert found["config"]["context_dim"] == 32
 
 @pytest.mark.parametrize("args", [
-    ["--joint"], ["--cell", "original"], ["--diversity", "norm"], ["--solver", "parallel"],
-    ["--diversity", "logdet"], ["--cache-gb", "0.00001"], ["--iterations", "0"],
-    ["--num-layers", "3", "--token-input-all-layers"], ["--dtype", "bfloat16"],
-    ["--word-dropout", "0.5"], ["--negatives-power", "0.5"], ["--word-memory", "0.1"]])
+    "", "--joint", "--iterations 0", "--num-layers 2 --token-input-all-layers", "--dropout 0.2",
+    "--patience 2", "--cache-gb 0", "--dtype bfloat16", "--joint --patience 2 --solver parallel"])
 def test_every_way_of_training_learns(args):
-    found = losses(run_newllm(*TINY, *args, "--learning-rate", "1e-2"))
-    assert float(found[-1][0]) < float(found[0][0])
+    said = run_newllm(*TINY, *args.split())
+    assert losses(said)[-1] < losses(said)[0]
+    assert "--iterations" in args or losses(said, 1)[-1] < losses(said, 1)[0]
 
+def test_patience_stops_training_and_the_best_epoch_is_the_one_to_chat_with():
+    said = run_newllm(*TINY, "--patience", "2", "--epochs", "30", "--learning-rate", "0.05")
+    held_out = [float(x) for x in re.findall(r"held-out loss ([\d.]+)", said.split("Phase 2")[1])]
+    best = read_checkpoint(Path("checkpoints/phase2-best.pt"))["figures"]["held-out loss"]
+    assert len(held_out) < 30 and min(held_out) == float(f"{best:.4g}") < held_out[-1]
 
 def test_both_solvers_train_to_the_same_losses():
-    found = [losses(run_newllm(*TINY, "--joint", "--solver", s, "--max-len", "60"))
-             for s in ("parallel", "sequential")]
-    assert torch.allclose(*(torch.tensor([[float(v) for v in row] for row in f]) for f in found),
-                          atol=2e-3)
+    for solver in ("parallel", "sequential"):
+        run_newllm(*TINY, "--joint", "--solver", solver, "--out", solver)
+    same_losses("parallel", "sequential", within=1e-3)
 
+# --- memory
 
 def test_a_batch_that_does_not_fit_into_memory_is_computed_in_parts_with_the_same_losses(
         monkeypatch):
-    whole, loss = run_newllm(*TINY, "--out", "whole"), newllm.word_loss
-
-    def small_memory(model, ids, *rest, **options):
-        if torch.is_grad_enabled() and len(ids) > 20:
+    def small_memory(dialogues, part, device, collate=newllm.collate):
+        if torch.is_grad_enabled() and len(part) > most:
             raise torch.OutOfMemoryError("as CUDA says it")
-        return loss(model, ids, *rest, **options)
-    monkeypatch.setattr(newllm, "word_loss", small_memory)
-    parts = run_newllm(*TINY, "--out", "parts")
-    assert "in 1 part(s)" in whole and re.search(r"in [2-9] part", parts)
-    found = [torch.tensor([[float(v) for v in row] for row in losses(out)])
-             for out in (whole, parts)]
-    assert found[0].shape == (4, 2) and (found[0] - found[1]).abs().max() <= 1e-4
+        return collate(dialogues, part, device)
+    monkeypatch.setattr(newllm, "collate", small_memory)
+    args, most = [*TINY, "--batch-tokens", "512"], 99
+    assert "computed in" not in run_newllm(*args, "--out", "whole")
+    most = 1
+    assert "computed in 2 parts" in run_newllm(*args, "--out", "parts", "--cache", "parts")
+    same_losses("whole", "parts")
+    most = 0
+    one_line("not even one dialogue fits", *args, "--cache", "none")
 
+@pytest.mark.parametrize("at_peak, now, wanted", [(90, 100, 1), (80, 100, 2), (50, 100, 5)])
+def test_what_the_first_step_took_of_a_gpus_memory_says_into_how_many_parts_a_step_goes(
+        at_peak, now, wanted, monkeypatch):
+    dialogues, _, vocab = load(Config())
+    phase, collate, zeros, used = (Phase2(tiny(len(vocab), cache_gb=0.0), dialogues, []),
+                                   newllm.collate, torch.zeros, [])
+    phase.device = types.SimpleNamespace(type="cuda")
+    monkeypatch.setattr(newllm, "collate",
+                        lambda _, part, __: used.append(part) or collate(dialogues, part, "cpu"))
+    monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **k: zeros(*a, **k))
+    monkeypatch.setattr(newllm, "free_memory", lambda _: (at_peak * 10 ** 9, now * 10 ** 9))
+    optimizer = torch.optim.AdamW(phase.groups)
+    counted = [phase.step(optimizer, list(range(10)), 1)[1] for _ in range(2)]
+    assert phase.parts == wanted and len(used) == 8 + wanted  # the first step was taken in eight
+    assert counted == [newllm.targets_in(dialogues)] * 2
 
-def test_scaling_trains_one_model_per_size_and_fits_a_power_law():
-    said = run_newllm(*TINY, "--scaling", "4,8", "--epochs", "1", "--iterations", "1")
-    assert re.search(r"PPL = \S+ tokens\^-?[\d.]+, R\^2 = 1.000", said)
-
+# --- a notebook, and what goes wrong
 
 def test_pasted_into_a_notebook_it_runs_whatever_the_kernels_own_options_are(monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "/some/kernel.json"])
     source = (REPO / "newllm.py").read_text("utf-8")
-    assert "__file__" not in source
-    fast, changes = re.subn(r"(    (epochs|iterations): int = option)\(\d+", r"\1(1", source)
-    assert changes == 2
-    cell = dict(__name__="__main__")
-    import types
-    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
-    sys.modules["__main__"].__dict__.update(cell)
-    exec(compile(fast, "<cell>", "exec"), sys.modules["__main__"].__dict__)
-    scope = sys.modules["__main__"].__dict__
+    fast, changes = re.subn(r"(    (epochs|iterations): int = option\(.*?, )\d+", r"\g<1>1", source)
+    assert changes == 2 and "__file__" not in source
+    cell = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", cell)
+    exec(compile(fast, "<cell>", "exec"), cell.__dict__)
     assert "chat with it" in capsys.readouterr().out
-    assert scope["main"](["--samples", "-1"]) is None  # an error is a line, not the kernel's end
-    assert "--samples" in capsys.readouterr().err and callable(scope["generate"])
-
-
-def test_the_comparison_trains_every_model_and_reports_on_dialogues_it_did_not_choose_with(
-        monkeypatch, capsys):
-    monkeypatch.setattr(newllm, "say", newllm.say)  # compare() silences it
-    write_dialogues(Path("chat.jsonl"), [(f"say {k}", f"{k} it is") for k in range(60)])
-    kinds = [*KINDS, "GRU with word memory"]
-    compare("chat.jsonl", 2000, [1, 2], kinds, [0.1], [1], "cpu", None, dtype="float32")
-    said = capsys.readouterr().out
-    parts, V = split_file("chat.jsonl", 2000)
-    texts = [{tuple(d.ids.tolist()) for d in part} for part in parts]
-    assert all(f"\n{kind} " in said for kind in kinds) and V < 200
-    assert said.count("0.1 and 1 epochs: ") == said.count("0.1 and 2 epochs: ") == len(kinds)
-    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
-    sizes = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", said)]
-    assert len(sizes) == len(kinds) and max(sizes) / min(sizes) < 1.05
-
-
-# --- what goes wrong
-
-
-def bad_file(text, name="bad.jsonl"):
-    Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return ["--data", name]
-
+    with pytest.raises(cell.UserError, match="--samples"):  # which the notebook shows in its way
+        cell.main(["--samples", "-1"])
 
 GOOD = json.dumps(dict(messages=[dict(role="user", content="q"),
                                  dict(role="assistant", content="a")])) + "\n"
-BAD = {
-    "a missing file": (lambda: ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    "broken JSON": (lambda: bad_file(GOOD + "{oops\n"), "line 2 is not JSON"),
-    "an unknown role": (lambda: bad_file(GOOD.replace("user", "wizard")), "unknown role 'wizard'"),
-    "an empty dialogue": (lambda: bad_file('{"messages": []}'), "line 1: an empty dialogue"),
-    "no assistant message": (lambda: bad_file(GOOD.replace("assistant", "user")),
-                             "no assistant message"),
-    "no messages": (lambda: bad_file('{"text": "hi"}'), "no list called messages"),
-    "a binary file": (lambda: bad_file(b"\x00\xff\xfe\x80" * 50), "is not UTF-8 text"),
-    "an empty file": (lambda: bad_file(""), "0 dialogues to train on"),
-    "a checkpoint folder that cannot be": (lambda: bad_file(GOOD, "file")[:0] + ["--out", "file/x"],
-                                           "cannot write"),
-    "resume without a checkpoint": (lambda: ["--resume"],
-                                    "there is no checkpoints/last.safetensors"),
-    "zero layers": (lambda: ["--num-layers", "0"], "--num-layers 0"),
-    "a negative size": (lambda: ["--context-dim=-4"], "--context-dim -4"),
-    "no number": (lambda: ["--hidden-dim", "many"], "invalid int value: 'many'"),
-    "not a number": (lambda: ["--learning-rate", "nan"], "--learning-rate nan"),
-    "an unknown flag": (lambda: ["--layers", "2"], "unrecognized arguments: --layers"),
-    "an empty data name": (lambda: ["--data", ""], "give a file, or a dataset's name"),
-    "a device's number that is none": (lambda: ["--device", "cpu:x"], "--device cpu:x"),
-    "a seed too large": (lambda: ["--seed", "9" * 20], "give a number below"),
-    "an unknown preset": (lambda: ["--huge"], "unrecognized arguments: --huge"),
-    "two presets": (lambda: ["--small", "--medium"], "not allowed with"),
-    "an unknown cell": (lambda: ["--cell", "lstm"], "invalid choice: 'lstm'"),
-    "the original cell in parallel": (lambda: ["--cell", "original", "--solver", "parallel"],
-                                      "LayerNorm inside the loop"),
-    "one size to scale over": (lambda: ["--scaling", "50"], "two sizes or more"),
-    "an absent GPU": (lambda: ["--device", "cuda:9" if not torch.cuda.is_available() else "mps"],
-                      "is not there"),
-    "missing embeddings": (lambda: ["--embeddings", "none.safetensors"], "none.safetensors"),
-}
+BAD_FILES = {
+    GOOD + "\n{oops\n": "line 3 is not JSON", "[" + GOOD: "is not JSON",
+    GOOD + GOOD.replace("user", "wizard"): "line 2: roles", '{"messages": []}': "line 1: roles []",
+    GOOD.replace("assistant", "user"): "assistant is needed", "": "0 dialogues to train on",
+    GOOD.replace('"a"', '" "'): "assistant is needed", '{"text": "hi"}': "line 1: no messages",
+    GOOD.replace('"a"', "5"): "line 1: no messages", f"[{GOOD}, [1]]": "line 2: no messages",
+    "\x00\udcff\udcfe\udc80": "is not UTF-8 text"}
+BAD_OPTIONS = {
+    "--data nowhere.jsonl": "nowhere.jsonl", "--data ..": "..", "--data x.jsonl": "x.jsonl",
+    "--data=": "give a file, or a dataset's name", "--data good.jsonl --patience 2": "too few",
+    "--val-data nowhere.txt": "nowhere.txt", "--out good.jsonl/x": "cannot write",
+    f"{' '.join(TINY)} --cache good.jsonl": "cannot write", "--num-layers 0": "--num-layers 0",
+    "--context-dim=-4": "--context-dim -4", "--hidden-dim many": "invalid int value: 'many'",
+    "--learning-rate nan": "--learning-rate nan", "--dropout 1.5": "--dropout 1.5",
+    "--seed 99999999999999": "give at least 0, below", "--layers 2": "arguments: --layers",
+    "--huge": "unrecognized arguments: --huge", "--small --medium": "not allowed with",
+    "--solver newton": "invalid choice: 'newton'", "--device cpu:x": "--device cpu:x",
+    "--device cuda:99": "is not there", "--resume": "no checkpoint in checkpoints",
+    "--embeddings none.safetensors": "none.safetensors", "--data empty.txt": "0 dialogues to train",
+    f"{' '.join(TINY)} --iterations 0 --learning-rate 1e37": "checkpoint is in checkpoints"}
 
+def one_line(want, *args):
+    said = run_newllm(*args, code=2)
+    assert want in said and said.startswith("newllm.py: "), said
+    assert said.count("\n") == 1 and len(said) < 500, said
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_gets_one_clear_line_and_exit_code_2(what):
-    args, want = BAD[what]
-    said = run_newllm(*args(), code=2)
-    assert (want in said and said.count("\n") == 1 and said.startswith("newllm.py: ") and
-            len(said) < 500)
+@pytest.mark.parametrize("content", BAD_FILES)
+def test_a_bad_file_gets_one_line_that_names_the_place(content):
+    Path("bad.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    one_line(BAD_FILES[content], "--data", "bad.json")
 
+@pytest.mark.parametrize("args", BAD_OPTIONS)
+def test_bad_options_get_one_line_and_exit_code_2(args):
+    Path("good.jsonl").write_text(GOOD)
+    Path("empty.txt").write_text("")
+    Path("x.jsonl").mkdir()
+    one_line(BAD_OPTIONS[args], *args.split())
 
-def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line():
+def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(capsys):
     run_newllm(*TINY, "--epochs", "1")
-    path = Path("checkpoints/last.safetensors")
+    path = Path("checkpoints/phase2-last.pt")
     whole = path.read_bytes()
-    assert "context-dim 32, not 48" in run_newllm("--resume", "--context-dim", "48", code=2)
-    save_file(dict(a=torch.zeros(2)), path)
-    assert "not New-LLM's" in run_newllm("--resume", code=2)
-    for broken in (whole[:len(whole) // 2], b"PK\x03\x04 a zip, perhaps a pickle", b""):
-        path.write_bytes(broken)
-        assert "damaged" in run_newllm("--resume", code=2)
-        with pytest.raises(SystemExit) as e:
-            chat.main(["--checkpoint", str(path), "--prompt", "hi"])
-        assert e.value.code == 2
+    for broken in (whole[:len(whole) // 2], b"PK\x03\x04 a zip", b"", dict(a=torch.zeros(2)),
+                   NewLLM(Config(hidden_dim=8), 9)):  # the last would be code
+        path.write_bytes(broken) if isinstance(broken, bytes) else torch.save(broken, path)
+        one_line("phase2-last.pt", "--resume")
+        chat_fails("phase2-last.pt", capsys)
 
+def test_gpt2s_table_of_a_wrong_name_or_shape_is_refused_and_the_true_one_taken_and_frozen():
+    table = torch.randn(50257, 768) * 0.1
+    for key, value, want in (("other", table[:4].clone(), "wte.weight is missing"),
+                             ("wte.weight", table[:4].clone(), "(4, 768)"),
+                             ("transformer.wte.weight", table, "")):
+        save_file({key: value}, "gpt2.safetensors")
+        if want:
+            one_line(want, "--embeddings", "gpt2.safetensors")
+    run_newllm(*TINY, "--embeddings", "gpt2.safetensors", "--joint", "--epochs", "1")
+    found = model_of(last("checkpoints"))
+    assert torch.equal(found.embed.weight[3:], table[found.vocab[3:]])
+    assert found.head.weight is found.embed.weight and not found.embed.weight.requires_grad
 
-def test_chat_without_a_checkpoint_says_how_to_make_one(capsys):
+# --- chat.py
+
+def chat_fails(want, capsys):
+    capsys.readouterr()
     with pytest.raises(SystemExit) as e:
         chat.main(["--prompt", "hi"])
-    assert e.value.code == 2 and "python newllm.py --small" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and want in said and said.count("\n") == 1
 
+def test_chat_answers_a_prompt_and_lines_of_standard_input(small_run, monkeypatch, capsys):
+    monkeypatch.chdir(small_run[0])
+    question, wanted = shipped(1)[0]
+    chat.main(["--prompt", question, "--temperature", "0"])
+    assert capsys.readouterr().out == wanted + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(
+        f"{question}\n/stats\nhi\n/stats\n/reset\n/quit\n"))
+    chat.main(["--temperature", "0"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == wanted and said[-1] == "forgotten"
+    assert all(f"state of {4 * Config.context_dim} bytes" in said[k] for k in (1, -2))
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint():
-    said = run_newllm(*TINY, "--learning-rate", "1e30", "--grad-clip", "1e30",
-                      "--weight-decay", "0", code=2)
-    assert "the loss is" in said and "step" in said
+@torch.no_grad()
+def test_a_conversation_in_turns_leaves_the_state_that_the_whole_text_leaves(model):
+    talk, said = chat.Chat(model, chat.parse(["--temperature", "0"])), []
+    t, bytes_of = talk.tokenizer, talk.tokenizer.bytes_of
+    t.bytes_of = lambda i: said.append(i) or bytes_of(i)
+    for text in ("hello", "who are you?", "tell me more"):
+        said += t.question(text)
+        assert "".join(talk.answer(text))
+        said += [IM_END, *t.encode("\n")]
+    left = model.states(torch.tensor([talk.unread]), talk.state)[:, -1]
+    assert (left - model.states(torch.tensor([said]))[:, -1]).abs().max() < 1e-4
 
+def test_chat_without_a_model_that_can_speak_says_how_to_make_one(capsys):
+    run_newllm(*TINY)
+    for want, which in (("cannot speak yet", "phase2*"), ("python newllm.py --small", "*")):
+        for path in Path("checkpoints").glob(which):
+            path.unlink()
+        chat_fails(want, capsys)
 
-def test_tensors_of_a_wrong_name_or_shape_are_refused_and_the_true_shape_is_taken():
-    table = torch.randn(50257, 768) * 0.1
-    save_file({"other": table[:4].clone()}, "name.safetensors")
-    save_file({"wte.weight": table[:4].clone()}, "shape.safetensors")
-    save_file({"transformer.wte.weight": table}, "good.safetensors")
-    assert "has no tensor wte.weight" in run_newllm("--embeddings", "name.safetensors", code=2)
-    assert "(4, 768)" in run_newllm("--embeddings", "shape.safetensors", code=2)
-    text = [newllm.Dialogue(torch.tensor([40, 1107, 40]), torch.ones(3, dtype=torch.bool))]
-    model = newllm.make_model(newllm.parse(["--embeddings", "good.safetensors"])[0], text)
-    assert torch.equal(model.embed(model.row_of[:50257]), table)
-    assert not model.embed.weight.requires_grad and model.context_embed is None
+# --- several processes, and the hub, played by a small server on this machine
 
-
-def test_on_frozen_embeddings_it_learns_what_it_is_shown_also_after_a_joint_run():
-    torch.set_num_threads(2)
-    torch.manual_seed(1)
-    save_file({"wte.weight": torch.randn(50257, 768) * 0.1}, "table.safetensors")
-    args = ["--embeddings", "table.safetensors", "--val-samples", "5", "--device", "cpu"]
-    run_newllm(*args, "--joint", "--epochs", "1")
-    said = run_newllm(*args, "--epochs", "20")
-    assert "phase 1: done before" in said and "taken from the cache" in said
-    model, _ = newllm.load_model(newllm.best_checkpoint(Path("checkpoints")))
-    assert learnt(model, words=3) >= 8
-
-
-# --- several processes
-
+def started(*command, **environment):
+    return subprocess.Popen([sys.executable, *map(str, command)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(
+        PYTHONPATH=str(REPO), TIKTOKEN_CACHE_DIR=str(REPO / "data"), OMP_NUM_THREADS="1",
+        HF_HOME=str(Path("hf").resolve()), HF_HUB_DISABLE_TELEMETRY="1") | environment)
 
 def test_two_processes_train_to_the_losses_of_one():
-    """Each has half of the dialogues, and both together the same batches as one process alone."""
-    args = [*TINY, "--samples", "8", "--phase1-batch-tokens", "100000", "--batch-tokens", "100000",
-            "--val-samples", "4"]
-    one = losses(run_newllm(*args, "--out", "one", "--cache", "one"))
+    args = [*TINY, "--patience", "9"]
+    run_newllm(*args, "--out", "one", "--cache", "one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    said = ""
-    for more in (["--stop-after", "2"], ["--resume"]):
-        port += 1
-        started = [subprocess.Popen(  # with the environment that torchrun gives
-            [sys.executable, REPO / "newllm.py", *args, "--out", "two", "--cache", "two", *more],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(
-                RANK=str(k), LOCAL_RANK=str(k), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-                TIKTOKEN_CACHE_DIR=str(REPO / "data"))) for k in range(2)]
-        for process in started:
-            out, err = process.communicate(timeout=100)
-            assert process.returncode == 0, err
-            said += out
-    found = torch.tensor([[[float(v) for v in row] for row in rows]
-                          for rows in (one, losses(said))])
-    assert found.shape == (2, 4, 2) and (found[0] - found[1]).abs().max() <= 1e-4
-
-
-# --- the hub, played by a small server on this machine
-
+        port = str(free.getsockname()[1])
+    for process in [started(REPO / "newllm.py", *args, "--out", "two", "--cache", "two", RANK=k,
+                            LOCAL_RANK=k, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT=port) for k in "01"]:  # as torchrun does
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, out + err
+    same_losses("one", "two")
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers as huggingface.co does: repository info, file lists, files with Range requests."""
@@ -744,613 +581,510 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def reply(self, body, kind="application/json", code=200, **headers):
+    def reply(self, body, code=200, **headers):
         self.send_response(code)
-        headers = {"Content-Type": kind, "Content-Length": str(len(body)),
-                   "X-Repo-Commit": "a" * 40, "ETag": '"b"', "Accept-Ranges": "bytes"} | {
-            k.replace("_", "-"): v for k, v in headers.items()}
+        headers = {"Content-Type": "application/json", "Content-Length": len(body), "ETag": '"b"',
+                   "X-Repo-Commit": "a" * 40, "Accept-Ranges": "bytes"} | headers
         for name, value in headers.items():
-            self.send_header(name, value)
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_POST(self):
-        wanted = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.reply(json.dumps([dict(type="file", path=p, size=len(b), oid="b")
-                               for p, b in self.files.items() if p in wanted]).encode())
-
     def do_GET(self):
-        path = self.path.split("?")[0]
-        name = path.split("/resolve/")[-1].split("/", 1)[-1]
-        if "/resolve/" in path and name in self.files:
-            body, span = (self.files[name],
-                          re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")))
-            if not span:
-                return self.reply(body, "application/octet-stream")
+        path, length = self.path.split("?")[0], int(self.headers.get("Content-Length", 0))
+        posted = self.rfile.read(length).decode()
+        body = self.files.get(path.split("/resolve/")[-1].split("/", 1)[-1])
+        span = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        listed = [dict(type="file", path=p, size=len(b), oid="b") for p, b in self.files.items()
+                  if not posted or p in posted]
+        if "/resolve/" in path and body is not None and span:
             begin, end = int(span[1]), min(int(span[2] or len(body)), len(body) - 1)
             Hub.asked.append(end - begin + 1)
-            return self.reply(body[begin:end + 1], "application/octet-stream", 206,
-                              Content_Range=f"bytes {begin}-{end}/{len(body)}")
-        if "/tree/" in path:
-            inside = [dict(type="file", path=p, size=len(b), oid="b")
-                      for p, b in self.files.items()]
-            return self.reply(json.dumps(inside).encode())
-        if path.startswith("/api/"):
-            owner_and_name = "/".join(path.split("/")[3:5])
-            return self.reply(json.dumps(dict(
-                id=owner_and_name, sha="a" * 40, private=False, gated=False, disabled=False,
-                downloads=0, likes=0, tags=[],
+            self.reply(body[begin:end + 1], 206, Content_Range=f"bytes {begin}-{end}/{len(body)}")
+        elif "/resolve/" in path:
+            self.reply(body or b"{}", *(() if body else (404,)))
+        elif "/tree/" in path or posted:
+            self.reply(json.dumps(listed).encode())
+        else:
+            self.reply(json.dumps(dict(
+                id="/".join(path.split("/")[3:5]), sha="a" * 40, private=False, gated=False,
+                disabled=False, downloads=0, likes=0, tags=[],
                 siblings=[dict(rfilename=p) for p in self.files])).encode())
-        self.reply(b'{"error": "not found"}', code=404, X_Error_Code="EntryNotFound")
 
+    do_HEAD = do_POST = do_GET
 
-@contextlib.contextmanager
-def hub(files):
+def with_hub(files, code):
+    """What a new process prints that runs some code with such a hub."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Hub.files, Hub.asked = files, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-
-
-def in_new_process(code, endpoint):
-    environment = os.environ | dict(
-        HF_ENDPOINT=endpoint, PYTHONPATH=str(REPO), HF_HOME=str(Path("hf").resolve()),
-        TIKTOKEN_CACHE_DIR=str(REPO / "data"), HF_HUB_DISABLE_TELEMETRY="1")
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=environment, timeout=100)
-    return done, time.perf_counter() - start
-
+    out, err = started("-c", f"import newllm, torch; {code}",
+                       HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}").communicate(timeout=99)
+    server.shutdown()
+    return out + err
 
 def test_only_the_bytes_of_gpt2s_embeddings_are_downloaded_and_only_once():
     table = torch.arange(50257 * 768, dtype=torch.float32).view(50257, 768) / 1e7
     save_file({"h.0.weight": torch.zeros(10_000_000), "wte.weight": table, "z": torch.ones(9)},
               "gpt2.safetensors")
-    code = ("import newllm, torch; c = newllm.parse(['--embeddings', 'gpt2'])[0]; "
-            "d = newllm.Dialogue(torch.tensor([7]), torch.tensor([True])); "
-            "m = newllm.make_model(c, [d]); assert m.embed(m.row_of[50256])[767] == "
-            "torch.tensor(50257 * 768 - 1.) / 1e7; print('right')")
-    with hub({"model.safetensors": Path("gpt2.safetensors").read_bytes()}) as endpoint:
-        done, _ = in_new_process(code, endpoint)
-        assert done.stdout == "right\n", done.stderr
-        assert table.nbytes <= sum(Hub.asked) < 1.1 * table.nbytes
-    text = [newllm.Dialogue(torch.tensor([7]), torch.tensor([True]))]
-    again = newllm.make_model(newllm.parse(["--embeddings", "gpt2"])[0], text)  # the hub is gone
-    assert torch.equal(again.embed(again.row_of[:50257]), table)
+    said = with_hub({"model.safetensors": Path("gpt2.safetensors").read_bytes()},
+                    "print(newllm.gpt2_table('gpt2', 'cache').shape)")
+    assert "[50257, 768]" in said and table.nbytes <= sum(Hub.asked) < 1.1 * table.nbytes, said
+    assert torch.equal(newllm.gpt2_table("gpt2", "cache"), table)  # the hub is gone
 
-
-def test_ultrachat_is_streamed_from_the_hub():
+def test_ultrachat_is_streamed_from_the_hub_into_the_cache():
     lines = (REPO / "data/chats.jsonl").read_bytes().splitlines(keepends=True)
     files = {"data/train_sft.jsonl": b"".join(lines[:300]),
              "data/test_sft.jsonl": b"".join(lines[300:350]),
-             "README.md": (b"---\nconfigs:\n- config_name: default\n  data_files:\n"
-                           b"  - split: train_sft\n    path: data/train_sft.jsonl\n"
-                           b"  - split: test_sft\n    path: data/test_sft.jsonl\n---\n")}
-    code = ("import newllm; c = newllm.parse(['--data', 'ultrachat', '--samples', '12', "
-            "'--val-samples', '5'])[0];t = newllm.Tokenizer(); a, b = newllm.prepare(c, t); "
-            "print(len(a), len(b)); print(t.text(a[0].ids.tolist()))")
-    with hub(files) as endpoint:
-        done, _ = in_new_process(code, endpoint)
-    assert "12 5\n<|im_start|>user\nhello<|im_end|>" in done.stdout, done.stdout + done.stderr
+             "README.md": ("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
+                 f"  - split: {s}\n    path: data/{s}.jsonl\n" for s in ("train_sft", "test_sft"))
+                 + "---\n").encode()}
+    said = with_hub(files, "newllm.load(newllm.Config(data='ultrachat', samples=12, patience=2))")
+    assert "data: 12 dialogues" in said and "held out: 50 dialogues" in said, said
+    learnt, *_ = load(Config(data="ultrachat", samples=12, patience=2))  # without the hub
+    assert len(learnt) == 12 and len(list(Path("cache").glob("*.jsonl"))) == 2
 
+@pytest.mark.parametrize("args, want, code", [
+    ("--data ultrachat", "use the shipped dialogues", 2),
+    ("--embeddings gpt2", "GPT-2's embeddings cannot be downloaded", 2),
+    ("--embeddings auto --iterations 0 --epochs 1", "learned instead", 0)])
+def test_without_a_network_there_is_one_line_within_seconds(args, want, code):
+    start, process = time.perf_counter(), started(REPO / "newllm.py", *args.split(),
+                                                  HF_ENDPOINT="http://127.0.0.1:9")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == code and want in out + err, out + err
+    assert (err.count("\n") == 1 or not code) and time.perf_counter() - start < 30
 
-@pytest.mark.parametrize("args, want", [
-    (["--data", "ultrachat"], "use the shipped dialogues"),
-    (["--embeddings", "gpt2"], "GPT-2's embeddings cannot be downloaded")])
-def test_without_a_network_there_is_one_line_within_seconds(args, want):
-    done, seconds = in_new_process(f"import newllm; newllm.main({args})", "http://127.0.0.1:9")
-    assert (done.returncode == 2 and want in done.stderr and
-            done.stderr.count("\n") == 1), done.stderr
-    assert seconds < 30
-
-
-EASY_QUESTIONS = [  # none of them is in the shipped dialogues; prompts, without right answers
-    "why is snow white?", "how do i make a sandwich?", "what is 3 + 5?",
-    "can you recommend a hobby?",
-    "what do hamsters eat?", "what is a river?", "how can i sleep better tonight?", "who made you?",
-    "give me three ideas for dinner", "what does a teacher do?", "are you smarter than me?",
-    "what is the opposite of cold?", "how many days are in two weeks?", "i feel sad today",
-    "what is a computer mouse?", "how do i clean a window?", "why do birds build nests?",
-    "write a short poem about the moon", "what will i eat tomorrow?", "have a nice evening"]
-
-
-def ask(folder):
-    """Print what a checkpoint answers to easy questions that it has not seen, greedily."""
-    model, _ = newllm.load_model(newllm.best_checkpoint(Path(folder)))
-    for question in EASY_QUESTIONS:
-        print(f"You: {question}\nNew-LLM: {newllm.generate(model, question)}", flush=True)
-
-
+# ------------------------------------------------------------------------------------------------
+# What follows runs as a script: the benchmark, the comparison, the exhibit of the original
 def machine():
-    model = (next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
-                   if "model name" in line), "CPU") if Path("/proc/cpuinfo").exists() else "CPU")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else model
-    return (f"machine: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-            f"{time.strftime('%Y-%m-%d')}")
+    cpu = f"{os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}"
+    return (f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch "
+            f"{torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}")
 
-
-# --- the benchmark: python test_newllm.py
-
-
-def median(function, device, runs=5):
-    """Median seconds of some runs, after a warm-up."""
+def median(function, device, runs=3):
+    """Median seconds of some runs, after one to warm up; of that one alone if it is slow."""
     def once():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
     first = once()
-    return sorted(once() for _ in range(1 if first > 5 else runs))[(0 if first > 5 else runs // 2)]
+    return first if first > 5 else statistics.median(once() for _ in range(runs))
 
+def keep(rows, table, form, **row):
+    """Add a row to those that --json writes, and print it."""
+    rows.append(dict(table=table) | row)
+    print(form.format(**row), flush=True)
 
-def sizes(preset):
-    config = newllm.parse([f"--{preset}"])[0]
-    return config.num_layers, config.context_dim, config.hidden_dim
+def preset(name, **changes):
+    return replace(newllm.parse([f"--{name}"])[0], embeddings="learned", embed_dim=256, **changes)
 
-
-def bench_cell(preset, device, E=256):
-    layers, C, H = sizes(preset)
-    torch.manual_seed(0)
-    return Cell(E, C, H, layers, False, "gated").to(device), C
-
+# --- the benchmark: python test_newllm.py
 
 @torch.no_grad()
-def bench_contexts(presets, shapes, device, rows):
-    print("\n1. Contexts of B dialogues of T tokens, ms (error: of contexts, against the loop in "
-          "float64)")
-    print("preset   B      T     loop   solver sweeps  speed-up     auto   nn.GRU  10 Jacobi   "
-          "error  Jacobi's error")
-    for preset in presets:
-        cell, C = bench_cell(preset, device)
-        exact = bench_cell(preset, device)[0].double()
-        gru = nn.GRU(256, C, batch_first=True).to(device)
-        for B, T in shapes:
-            x = F.layer_norm(torch.randn(B, T, 256, device=device), (256,))
-            u, s0 = cell.token_in(x), torch.zeros(B, C, device=device)
-            work = B * T * sum(p.numel() for p in cell.recurrent())
-            if work > 3e10:  # the loop alone would take half a minute and more
-                print(f"{preset:8s}{B:2d} {T:6,d}   left out: more than {work / 1e9:.0f} billion "
-                      f"products")
-                continue
+def bench_contexts(shapes, device, rows, table="contexts"):
+    print("\n1. Contexts of one dialogue, milliseconds (error: largest of any number in a context,"
+          "\n   against the token loop in float64)"
+          "\npreset  tokens      loop    solver   sweeps    nn.GRU    error")
+    for name, T in shapes:
+        torch.manual_seed(0)
+        cell, C = Cell(preset(name)).to(device), preset(name).context_dim
+        gru, s0 = nn.GRU(256, C, batch_first=True).to(device), torch.zeros(1, C, device=device)
+        x = F.layer_norm(torch.randn(1, T, 256, device=device), (256,))
+        u, (states, _, sweeps) = cell.token_in(x), solve(cell, cell.token_in(x), s0)
+        loop, solver, theirs = (median(f, device) for f in (
+            lambda: walk(cell, u, s0), lambda: solve(cell, u, s0), lambda: gru(x)))
+        true = walk(cell.double(), cell.token_in(x.double()), s0.double())[0]
+        error = (F.layer_norm(states.double(), (C,)) - F.layer_norm(true, (C,))).abs().max().item()
+        keep(rows, table, "{preset:7s}{T:7,d}{loop:10.1f}{solver:10.1f}{sweeps:9d}{gru:10.1f}"
+             "{error:9.0e}", preset=name, T=T, sweeps=sweeps, error=error, loop=1000 * loop,
+             solver=1000 * solver, gru=1000 * theirs)
 
-            def jacobi():
-                s = torch.zeros(B, T, C, device=device)
-                for _ in range(10):
-                    s = cell(u, torch.cat((s0[:, None], s[:, :-1]), 1))[0]
-                return s
-            loop = median(lambda: walk(cell, u, s0), device, 3)
-            solver = median(lambda: solve(cell, u, s0), device, 3)
-            states, _, sweeps = solve(cell, u, s0)
-            auto = solver if device.type == "cuda" or B <= 4 else loop
-            n = min(T, 4096)
-            true = walk(exact, exact.token_in(x[:1, :n].double()), s0[:1].double())[0]
-            error, jacobis = (float((F.layer_norm(s[:1, :n].double(), (C,)) -
-                                     F.layer_norm(true, (C,))).abs().max())
-                              for s in (states, jacobi()))
-            row = dict(preset=preset, B=B, T=T, loop=loop * 1e3, solver=solver * 1e3, sweeps=sweeps,
-                       auto=auto * 1e3, speedup=loop / solver,
-                       gru=median(lambda: gru(x), device, 3) * 1e3,
-                       jacobi=median(jacobi, device, 1) * 1e3, error=error, jacobi_error=jacobis)
-            rows.append(dict(table=1) | row)
-            print("{preset:8s}{B:2d} {T:6,d} {loop:8.1f} {solver:8.1f} {sweeps:6d} {speedup:9.1f} "
-                  "{auto:8.1f} {gru:8.1f} {jacobi:10.1f} {error:7.0e} "
-                  "{jacobi_error:15.0e}".format(**row), flush=True)
-
-
-def bench_training(presets, shapes, device, rows):
-    print("\n2. Training the context block, tokens/s forward and backward "
-          "(cosine: the gradients' to the loop's)")
-    print("preset   B      T    solver      loop    nn.GRU  cosine")
-    for preset in presets:
-        layers, C, H = sizes(preset)
-        gru = nn.GRU(256, C, batch_first=True).to(device)
-        for B, T in shapes:
-            model = NewLLM(500, 256, C, H, layers).to(device)
-            ids, gradients, speed = torch.randint(0, 500, (B, T), device=device), {}, {}
-            weight = torch.randn(B, T, C, device=device)
-
-            def passes():
-                model.zero_grad()
-                (model.contexts(model.states(ids)) * weight).sum().backward()
-            for model.solver in ("parallel", "sequential"):
-                speed[model.solver] = B * T / median(passes, device, 3)
-                gradients[model.solver] = torch.cat([p.grad.flatten()
-                                                     for p in model.cell.parameters()])
-            speed["gru"] = B * T / median(
-                lambda: (gru(model.embed(ids))[0] * weight).sum().backward(), device, 3)
-            row = speed | dict(preset=preset, B=B, T=T, cosine=float(F.cosine_similarity(
-                *(g.double() for g in gradients.values()), dim=0)))
-            rows.append(dict(table=2) | row)
-            print("{preset:8s}{B:2d} {T:6,d} {parallel:9,.0f} {sequential:9,.0f} {gru:9,.0f} "
-                  "{cosine:.6f}".format(**row), flush=True)
-
-
-def memory_peak():
-    """Bytes that this process has had in memory at most."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def head_once(kind, n, device):
-    """Seconds and extra bytes of one output head, forward and backward; runs in its own process."""
-    torch.manual_seed(0)
-    h = torch.randn(n, 256, device=device, requires_grad=True)
-    W = (torch.randn(50304, 256, device=device) * 0.02).requires_grad_()
-    y = torch.randint(0, 50304, (n,), device=device)
-
-    def once():
-        h.grad = W.grad = None
-        if kind == "chunked":
-            HeadLoss.apply(h, W, y)[0].backward()
-        elif kind == "full logits":
-            F.cross_entropy(h @ W.T, y, reduction="sum").backward()
-        else:
-            F.linear_cross_entropy(h, W, y, reduction="sum").backward()
-    (h[:8] @ W[:8].T).sum().backward()  # threads and libraries start outside the measurement
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        once()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux)
-        before = memory_peak()
-        once()
-        peak = memory_peak() - before
-    print(median(once, device, 3), peak)
-
-
-def bench_phase2(preset, device, rows, counts):
-    print(f"\n3. Phase 2 ({preset}, 50,304 tokens to choose from)")
-    layers, C, H = sizes(preset)
-    model = NewLLM(50304, 256, C, H, layers).to(device)
-    ids = torch.randint(0, 50257, (4, 256), device=device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    cached = torch.randn(4, 256, C, device=device)
+def bench_training(names, device, rows, B=16, T=256):
+    print(f"\n2. Training the context block on {B} dialogues of {T} tokens side by side, tokens/s"
+          f"\npreset    New-LLM    nn.GRU")
+    ids = torch.randint(3, 6000, (B, T), device=device)
+    for name in names:
+        model = NewLLM(preset(name, solver="sequential"), 6000).to(device)
+        gru = nn.GRU(256, model.config.context_dim, batch_first=True).to(device)
+        ours = median(lambda: model.states(ids).sum().backward(), device)
+        theirs = median(lambda: gru(model.read(ids))[0].sum().backward(), device)
+        keep(rows, "training", "{preset:7s}{ours:10,.0f}{gru:10,.0f}", preset=name,
+             ours=B * T / ours, gru=B * T / theirs)
+    print("\n3. Phase 2 (medium, V = 6,000), tokens/s of whole optimizer steps")
     for joint in (False, True):
-        def once():
-            rows = newllm.rows_of(ids, mask, model.states(ids) if joint else cached)
-            newllm.word_loss(model, *rows)[0].backward()
-        seconds = median(once, device, 3)
-        rows.append(dict(table=3, what="joint" if joint else "frozen", tokens_per_s=1020 / seconds))
-        print(f"{'joint' if joint else 'frozen contexts':20s} {1020 / seconds:9,.0f} "
-              f"target tokens/s")
-    for n in counts:
-        for kind in ("chunked", "full logits",
-                     *["linear_cross_entropy"] * hasattr(F, "linear_cross_entropy")):
-            done = subprocess.run([sys.executable, __file__, "--head", kind, str(n),
-                                   "--device", device.type], capture_output=True, text=True)
-            if done.returncode:
-                print(f"{kind:20s} {n:6,d} rows: failed, "
-                      f"{done.stderr.strip().splitlines()[-1][:80]}")
-                continue
-            seconds, peak = map(float, done.stdout.split())
-            rows.append(dict(table=3, what=kind, rows=n, ms=seconds * 1e3, mib=peak / 2**20))
-            print(f"{kind:20s} {n:6,d} rows {seconds * 1e3:9.0f} ms, {peak / 2**20:7,.0f} MiB "
-                  f"extra", flush=True)
+        model = NewLLM(preset("medium", joint=joint, batch_tokens=512), 6000).to(device)
+        phase = Phase2(model, [Dialogue(i, i > 0) for i in ids[:2].cpu()], [])
+        optimizer = torch.optim.AdamW(phase.groups, phase.rate, fused=True)
+        seconds = median(lambda: phase.step(optimizer, [0, 1], 0), device)
+        keep(rows, "phase2", "{what:16s}{speed:10,.0f}", speed=2 * T / seconds,
+             what="joint" if joint else "frozen contexts")
 
-
-class CacheTransformer(nn.Module):
-    """A decoder with a key-value cache: what New-LLM does not need; about as many parameters."""
-
-    def __init__(self, E=256, layers=2, heads=4):
-        super().__init__()
-        self.heads = heads
-        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(E, 3 * E), nn.Linear(E, E),
-                                                   nn.Linear(E, 4 * E), nn.Linear(4 * E, E)])
-                                    for _ in range(layers))
-        self.embed = nn.Embedding(50304, E)
-
-    def step(self, ids, cache):
-        x = self.embed(ids)
-        for (qkv, out, up, down), kv in zip(self.layers, cache):
-            q, *new = (t.view(1, 1, self.heads, -1).transpose(1, 2) for t in qkv(x).chunk(3, -1))
-            kv[:] = [torch.cat((old, one), 2) for old, one in zip(kv, new)]
-            x = x + out(F.scaled_dot_product_attention(q, *kv).transpose(1, 2).flatten(2))
-            x = x + down(F.gelu(up(x)))
-        return (x @ self.embed.weight.T).argmax(-1)
-
+def cache_step(x, layers, table, cache, E=256):
+    """One token x (1, 1, E) of a Transformer with a key-value cache; random weights will do."""
+    for (qkv, out, up, down), kv in zip(layers, cache):
+        q, *new = (t.view(1, 1, 4, -1).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+        kv[:] = [torch.cat((old, one), 2) for old, one in zip(kv, new)]
+        x = x + out(F.scaled_dot_product_attention(q, *kv).transpose(1, 2).flatten(2))
+        x = x + down(F.gelu(up(x)))
+    return table[(x @ table.T).argmax(-1)]
 
 @torch.no_grad()
-def bench_decoding(device, rows, positions, preset="medium"):
-    print(f"\n4. Decoding token by token ({preset}); "
-          f"beside it a Transformer with a key-value cache")
-    print("at token    New-LLM/s  state bytes  process MiB   Transformer/s  cache bytes")
-    layers, C, H = sizes(preset)
-    model, transformer = (NewLLM(50304, 256, C, H, layers).to(device).eval(),
-                          CacheTransformer().to(device))
-    text = torch.randint(0, 50257, (1, max(positions)), device=device)
+def bench_decoding(name, positions, device, rows, E=256):
+    print(f"\n4. Decoding ({name}), and a Transformer (2 layers, width {E}) with key-value cache"
+          f"\nat token  New-LLM/s    bytes  Transformer/s        bytes")
+    model, state, read = NewLLM(preset(name), 6000).to(device).eval(), None, 0
+    text, table = torch.randint(3, 6000, (1, max(positions)), device=device), model.embed.weight
+    layers = [[nn.Linear(*shape, device=device) for shape in (
+        (E, 3 * E), (E, E), (E, 4 * E), (4 * E, E))] for _ in range(2)]
     for position in positions:
-        state = None
-        for part in text[:, :position].split(4096, 1):
+        for part in text[:, read:position].split(4096, 1):
             state = model.states(part, state)[:, -1]
-
-        def ours():
-            for _ in model.stream(text[:, :1], 50, state=state):
-                pass
-        cache = [[torch.randn(1, 4, position, 64, device=device) for _ in "kv"] for _ in range(2)]
-
-        def theirs():
-            ids = text[:, :1]
-            for _ in range(10):
-                ids = transformer.step(ids, cache)
-        seconds, slow = median(ours, device, 5) / 50, median(theirs, device, 3) / 10
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        size = state.numel() * state.element_size()
-        cached = sum(t.numel() * t.element_size() for kv in cache for t in kv)
-        rows.append(dict(table=4, position=position, tokens_per_s=1 / seconds, state=size,
-                         transformer=1 / slow, cache=cached))
-        print(f"{position:8,d} {1 / seconds:12,.0f} {size:12,d} {memory:12,.0f} "
-              f"{1 / slow:15,.0f} {cached:12,d}", flush=True)
-
+        cache = [[torch.randn(1, 4, position, 64, device=device) for _ in "kv"] for _ in layers]
+        numbers, read, one = sum(t.numel() for t in sum(cache, [])), position, table[None, None, 3]
+        ours = median(lambda: model.generate(text[:, :1], 50, state=state), device) / 50
+        theirs = median(lambda: [cache_step(one, layers, table, cache) for _ in range(10)],
+                        device) / 10
+        keep(rows, "decoding", "{position:8,d}{ours:11,.0f}{state:9,d}{transformer:15,.0f}"
+             "{cache:13,d}", position=position, ours=1 / ours, state=4 * state.numel(),
+             transformer=1 / theirs, cache=4 * numbers)
 
 def bench_original(device, rows, tokens=6400, iterations=10, C=768):
-    """Forward, backward and optimizer step, as often as the original did, in one text."""
-    print(f"\n5. The original's exercise: {tokens:,} tokens, {iterations} iterations of Phase 1, "
-          f"context {C}")
-    for solver, measured in (("sequential", 3), ("parallel", iterations)):
-        torch.manual_seed(0)
-        model = NewLLM(500, 768, C, 768, 1, solver=solver).to(device)
-        ids = torch.randint(0, 500, (1, tokens), device=device)
-        optimizer, previous, start = (torch.optim.AdamW(model.cell.parameters(), 2e-3), None,
-                                      time.perf_counter())
+    print(f"\n5. The original's exercise: {tokens:,} tokens in one text, {iterations} iterations "
+          f"with backward\n   pass and optimizer step, context {C}")
+    for solver, measured in (("sequential", 2), ("parallel", iterations)):
+        config, before = Config(embed_dim=C, context_dim=C, hidden_dim=C, solver=solver), None
+        model, ids = NewLLM(config, 500).to(device), torch.randint(3, 500, (1, tokens))
+        optimizer = torch.optim.AdamW(model.cell.parameters(), 2e-3)
+        start = time.perf_counter()
         for _ in range(measured):
-            optimizer.zero_grad()
-            states = model.states(ids, guess=previous)
-            c = model.contexts(states)[0]
-            loss = -(c - c.mean(0)).norm() / tokens
-            if previous is not None:
-                loss = loss + (c - model.contexts(previous)[0]).pow(2).mean()
-            loss.backward()
-            optimizer.step()
-            previous = states.detach()
-        float(previous.sum())
+            states = model.states(ids.to(device), guess=before)
+            before = states.detach() if before is None else before
+            original_step(optimizer, *(F.layer_norm(x[0], (C,)) for x in (states, before)))
+            before = states.detach()
+        before.sum().item()  # a GPU has finished
         seconds = (time.perf_counter() - start) * iterations / measured
-        rows.append(dict(table=5, solver=solver, seconds=seconds, measured=measured))
-        print(f"{solver:12s} {seconds:7.1f} s, from {measured} iterations", flush=True)
-
-
-@torch.no_grad()
-def bench_trained(folder):
-    """How the solver does on a trained context block, on the shipped dialogues as one text."""
-    model, _ = newllm.load_model(newllm.best_checkpoint(Path(folder)))
-    dialogues = newllm.tokenise(newllm.read_file(REPO / "data/chats.jsonl"), Tokenizer(), 10 ** 6,
-                                dict(cut=0, dropped=0))
-    text = torch.cat([d.ids for d in dialogues]).long()[None]
-    exact = copy.deepcopy(model.cell).double()
-    for T in (512, 4096, 32768):
-        u, s0 = model.token_share(text[:, :T]), torch.zeros(1, model.cell.C)
-        states, _, sweeps = solve(model.cell, u, s0, None, model.tol, model.max_sweeps)
-        true = walk(exact, u.double(), s0.double())[0]
-        error = (model.contexts(states.double()) - model.contexts(true)).abs().max()
-        print(f"{T:6,d} tokens: {sweeps} sweeps, error {error:.0e}", flush=True)
-
-
-def benchmark(quick, device):
-    print(machine())
-    rows = []
-    torch.set_flush_denormal(True)
-    if quick:
-        bench_contexts(["small"], [(1, 512), (16, 512), (1, 4096)], device, rows)
-        bench_training(["small"], [(1, 512), (16, 512)], device, rows)
-        bench_phase2("small", device, rows, [1024])
-        bench_decoding(device, rows, [1000, 10_000], "small")
-    else:
-        bench_contexts(["small", "medium", "large"],
-                       [(b, t) for b in (1, 16) for t in (512, 4096, 32768)], device, rows)
-        bench_training(["small", "medium"], [(1, 512), (16, 512), (1, 4096)], device, rows)
-        bench_phase2("medium", device, rows, [2048, 8192])
-        bench_decoding(device, rows, [1000, 10_000, 100_000])
-        bench_original(device, rows)
-    return rows
-
+        keep(rows, "exercise", "{solver:12s}{seconds:8.1f} s" + (
+            ", extrapolated from {measured} iterations" if measured < iterations else ""),
+            solver=solver, seconds=seconds, measured=measured)
 
 # --- the comparison: python test_newllm.py --compare DATA.jsonl
 
-
-KINDS = {  # what differs from New-LLM as it is: Phase 1, then Phase 2 on frozen contexts
-    "New-LLM": {}, "New-LLM untrained contexts": dict(iterations=0),
-    "New-LLM joint": dict(iterations=0, joint=True),
-    "GRU": dict(iterations=0, joint=True, word_memory=0.0),
-    "Transformer": dict(iterations=0, joint=True, word_memory=0.0)}
-ABLATIONS = {"New-LLM Phase 1 then joint": dict(joint=True, learning_rate=5e-4),
-             "New-LLM original cell": dict(cell="original"),
-             "New-LLM without word memory": dict(word_memory=0.0),
-             "GRU with word memory": dict(iterations=0, joint=True)}
-
+SETTINGS = dict(context_dim=512, hidden_dim=512, dropout=0.3, iterations=16, epochs=3, patience=2,
+                learning_rate=2e-3, batch_tokens=2048, cache_gb=8.0)
+JOINT = dict(iterations=0, joint=True)
+MODELS = {  # what differs from SETTINGS; the last four are ablations
+    "New-LLM": {}, "GRU": JOINT, "Transformer": JOINT, "no Phase 1": dict(iterations=0),
+    "joint": JOINT, "joint after Phase 1": dict(joint=True), "no holes": dict(holes=0.0)}
 
 class Baseline(nn.Module):
-    """A GRU or pre-norm Transformer in the clothes of NewLLM, so that phase2() trains all alike."""
+    """A GRU or a pre-norm Transformer in the clothes of NewLLM, so that Phase2 trains all alike."""
+    read = NewLLM.read
 
-    def __init__(self, kind, vocab_size, dropout, word_memory, E=256, state=600, max_len=512):
+    def __init__(self, kind, head, V, config, state=600):
         super().__init__()
-        self.word_memory = word_memory
-        self.memory = newllm.WordMemory(vocab_size) if word_memory else None
-        self.kind, self.context_embed, self.dropout = kind, None, nn.Dropout(dropout)
-        self.settings, self.known = dict(kind=kind), vocab_size
-        self.register_buffer("row_of", torch.arange(vocab_size))
-        self.embed = nn.Embedding(vocab_size, E)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        if kind == "GRU":
-            self.cell, width = nn.GRU(E, state, batch_first=True), state
-        else:  # learned positions; LayerNorm on the embeddings, without it this model is far worse
-            self.cell, width = nn.ModuleDict(dict(
-                position=nn.Embedding(max_len, E), layers=nn.ModuleList(
-                    nn.TransformerEncoderLayer(E, 4, 4 * E, dropout, "gelu", batch_first=True,
-                                               norm_first=True) for _ in range(2)))), E
-            nn.init.normal_(self.cell["position"].weight, std=0.02)
-        self.out, self.norm = nn.Linear(width, E), nn.LayerNorm(E)
+        E, self.config, self.plain = config.embed_dim, config, head == "products"
+        self.register_buffer("vocab", torch.arange(V))
+        self.embed, self.head = nn.Embedding(V, E), nn.Linear(E, V)
+        nn.init.zeros_(self.head.bias)
+        self.head.weight, layer = self.embed.weight, lambda: nn.TransformerEncoderLayer(
+            E, 4, 4 * E, config.dropout, "gelu", batch_first=True, norm_first=True)
+        self.cell = (nn.GRU(E, state, batch_first=True) if kind == "GRU" else nn.ModuleList(
+            [nn.Embedding(config.max_len, E), layer(), layer()]))
+        for table in (m for m in self.modules() if isinstance(m, nn.Embedding)):
+            nn.init.normal_(table.weight, std=0.02)
+        self.out = nn.Sequential(nn.Linear(state if kind == "GRU" else E, E), nn.LayerNorm(E))
+        self.scale, self.dropout = nn.Parameter(torch.tensor(10.0)), nn.Dropout(config.dropout)
 
-    def states(self, ids, state=None):
+    def states(self, ids):
         with torch.autocast(ids.device.type, enabled=False):  # in float32, as New-LLM's are
-            return self.states_of(F.layer_norm(self.embed(ids), (self.embed.embedding_dim,)), ids)
+            x, T = self.read(ids), ids.shape[1]
+            if isinstance(self.cell, nn.GRU):
+                return self.cell(self.dropout(x))[0]
+            layers, x = self.cell[1:], self.dropout(x + self.cell[0].weight[:T])
+            mask = nn.Transformer.generate_square_subsequent_mask(T, device=ids.device)
+            for layer in layers:
+                x = layer(x, src_mask=mask, is_causal=True)
+            return x
 
-    def states_of(self, x, ids):
-        if self.kind == "GRU":
-            return self.cell(self.dropout(x))[0]
-        x = self.dropout(x + self.cell["position"].weight[:ids.shape[1]])
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
-        for layer in self.cell["layers"]:
-            x = layer(x, src_mask=mask, is_causal=True)
-        return x
+    def logits(self, ids, states):
+        q, W = self.out(self.dropout(states)).float(), self.head.weight
+        q, W = ((self.dropout(q), W) if self.plain else
+                (self.scale * F.normalize(q, dim=-1), F.normalize(W, dim=-1)))
+        return F.linear(q, W, self.head.bias).float()
 
-    def hidden_states(self, ids, states):
-        return self.dropout(self.norm(self.out(self.dropout(states))))
+def split_file(path, tokens=math.inf, most=None):
+    """Dialogues to train on, to choose with and to report on; the first's number of different
+    tokens, V; the share of the others' targets that are not among these and left out."""
+    tokenizer, limit = Tokenizer(), Config.max_len
+    every = (tokenizer.dialogue(m) for m in newllm.read_messages(Path(path)))
+    every = [Dialogue(d.ids[:limit], d.mask[:limit]) for d in every if d.mask[1:limit].any()]
+    parts = [[d for i, d in enumerate(every) if i % 10 not in (4, 9)][:most], every[4::10],
+             every[9::10]]
+    for k, most in enumerate((tokens, 60_000, 60_000)):
+        ends = itertools.accumulate(len(d.ids) for d in parts[k])
+        parts[k] = parts[k][:max(1, sum(end <= most for end in ends))]
+    seen = {tuple(d.ids.tolist()) for d in parts[0]}
+    parts[1:] = ([d for d in p if tuple(d.ids.tolist()) not in seen] for p in parts[1:])
+    used = torch.cat([torch.arange(3), *(d.ids for d in parts[0])]).unique()
+    number, before = torch.zeros(len(tokenizer.vocab), dtype=torch.long), parts[1] + parts[2]
+    number[used] = torch.arange(len(used))
+    parts = [[Dialogue(number[d.ids], d.mask & (number[d.ids] != UNK)) for d in p] for p in parts]
+    left_out = 1 - newllm.targets_in(parts[1] + parts[2]) / max(1, newllm.targets_in(before))
+    return [[d for d in p if d.mask[1:].any()] for p in parts], len(used), left_out
 
-    cross_entropy, logits = NewLLM.cross_entropy, NewLLM.logits
+def train_one(kind, parts, V, seed, choice, device):
+    """Train a model, and report on the third part as it was after the best epoch on the second."""
+    settings = SETTINGS | MODELS[kind] | choice
+    newllm.HOLES, head = settings.pop("holes", 1 / 3), settings.pop("head", "cosine")
+    newllm.model_of = lambda checkpoint: None  # which would make a New-LLM of a baseline
+    with tempfile.TemporaryDirectory() as out:
+        config = Config(**settings, seed=seed, out=out)
+        torch.manual_seed(seed)
+        model = (Baseline(kind, head, V, config) if kind in ("GRU", "Transformer")
+                 else NewLLM(config, V)).to(newllm.pick_device(device))
+        start = time.perf_counter()
+        if config.iterations:
+            Phase1(model, *parts[:2]).fit()
+            model.head.weight.data.copy_(model.embed.weight)
+        phase = Phase2(model, *parts[:2])
+        phase.fit()
+        seconds, passes = time.perf_counter() - start, sum(
+            torch.load(path)["progress"][0] for path in Path(out).glob("*-last.pt"))
+    test, val = phase.evaluate(parts[2]), phase.evaluate(parts[1])["perplexity"]
+    inner = sum(p.numel() for n, p in model.named_parameters() if n[:5] not in ("embed", "head."))
+    return dict(model=kind, seed=seed, choice=choice, seconds=seconds, parameters=inner, val=val,
+                test=test["perplexity"], right=test["right"],
+                seen=passes * newllm.tokens_in(parts[0]))
 
+def choices_for(kind, o):
+    """The settings to choose from, in an order drawn by chance, for a budget may end the search."""
+    grid = dict(epochs=o.epochs if MODELS[kind].get("joint") else [o.own_epochs])
+    grid |= {} if MODELS[kind].get("iterations") == 0 else dict(iterations=[o.iterations])
+    grid |= dict(learning_rate=[2e-3, 5e-4]) if kind == "joint after Phase 1" else {}
+    if kind in ("GRU", "Transformer"):
+        grid |= dict(dropout=o.dropouts, holes=[0.0, 1 / 3], head=["cosine", "products"])
+    found = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    return random.Random(0).sample(found, len(found))
 
-def split_file(path, tokens):
-    """Training dialogues, about `tokens` tokens; others to choose with; others to report on; V."""
-    counts = dict(cut=0, dropped=0)
-    everything = list(newllm.tokenise(newllm.read_file(Path(path)), Tokenizer(), 512, counts))
-    parts = [[d for i, d in enumerate(everything) if i % 10 not in (4, 9)],
-             everything[4::10], everything[9::10]]
-    for k, limit in enumerate((tokens, 60_000, 60_000)):
-        ends = torch.tensor([len(d.ids) for d in parts[k]]).cumsum(0)
-        parts[k] = parts[k][:max(1, int((ends <= limit).sum()))]
-    used, new = torch.cat([d.ids for part in parts for d in part]).unique(return_inverse=True)
-    new = iter(new.int().split([len(d.ids) for part in parts for d in part]))
-    return [[newllm.Dialogue(next(new), d.mask) for d in part] for part in parts], len(used)
+def in_words(choice):
+    return ", ".join(f"{k} {round(v, 4) if k == 'holes' else v}" for k, v in choice.items())
 
+def compare(path, o, rows):
+    """Settings are chosen on validation data with the first seed, then the other seeds follow."""
+    parts, V, left_out = split_file(path, o.tokens)
+    count, targets = ([f(p) for p in parts] for f in (newllm.tokens_in, newllm.targets_in))
+    print(f"{path}: {count[0]:,} training tokens ({targets[0]:,} targets), {count[1]:,} to choose "
+          f"with,\n{count[2]:,} to report on; V = {V:,}; {left_out:.1%} of held-out "
+          f"targets are unknown words, left out")
+    for kind in o.models:
+        start, left, tried = time.perf_counter(), choices_for(kind, o), []
+        while left and (not tried or time.perf_counter() - start + len(o.seeds) * max(
+                r["seconds"] for r in tried) < 60 * o.budget / len(o.models)):
+            tried.append(train_one(kind, parts, V, o.seeds[0], left.pop(0), o.device))
+            print("  {model}: validation {val:.1f} in {seconds:.0f} s".format(**tried[-1]),
+                  in_words(tried[-1]["choice"]), sep=" | ", flush=True)
+        if left:
+            print(f"  {kind}: its share of the budget is used; not tried:")
+            print(*(f"    {in_words(choice)}" for choice in left), sep="\n")
+        best = min(tried, key=lambda r: r["val"])
+        runs = [best] + [train_one(kind, parts, V, seed, best["choice"], o.device)
+                         for seed in o.seeds[1:]]
+        rows += [dict(table="comparison", data=str(path), tokens=count[0], **r) for r in runs]
+        each = ", ".join(f"{r['test']:.1f}" for r in runs)
+        form = ("{test:.1f} ({each}) | right {right:.1%} | {seen:,.0f} tokens seen in {seconds:.0f}"
+                " s | {parameters:,.0f} parameters\n  best of {tried}: {choice}")
+        print(f"{kind}: test perplexity", form.format(
+            each=each, tried=len(tried), choice=in_words(best["choice"]),
+            **{k: statistics.mean(r[k] for r in runs) for k in (
+                "test", "right", "seen", "seconds", "parameters")}), flush=True)
 
-def train_one(kind, dropout, seed, parts, V, epochs, folder, device, **changes):
-    """Train one model; the test loss of its best epoch on validation data, and what it took."""
-    train, val, test = parts
-    config = Config(**newllm.PRESETS["large"] | dict(
-        num_layers=1, hidden_dim=512, max_len=512, batch_tokens=2048, dropout=dropout, seed=seed,
-        epochs=epochs, patience=2, out=str(folder / "out"), cache=str(folder / "cache"),
-        embeddings="learned", device=device, cache_gb=8.0) | changes | (KINDS | ABLATIONS)[kind])
-    for old in (folder / "out").glob("*"):
-        old.unlink()
-    torch.manual_seed(seed)
-    name = kind.split()[0]
-    model = (Baseline(name, V, dropout, config.word_memory) if name in ("GRU", "Transformer") else
-             NewLLM(V, 256, 512, 512, 1, dropout=dropout, cell=config.cell,
-                    embeddings="shared" if config.joint else "separate",
-                    word_memory=config.word_memory))
-    if model.memory:
-        model.memory.weigh(torch.cat([d.ids for d in train]).long())
-    run, log, start = newllm.Run(config), dict(phase1=[], phase2=[]), time.perf_counter()
-    run.log = lambda phase, number, **f: log[phase].append((number, f.get("val_loss")))
-    model.to(run.device)
-    states = newllm.phase1(run, model, train, val) if config.iterations or not config.joint else {}
-    took = folder / f"{seed}.json"  # another dropout finds this seed's Phase 1 done: it counts too
-    if not took.exists():
-        took.write_text(json.dumps([len(log["phase1"]), time.perf_counter() - start]))
-    (passes, seconds), start = json.loads(took.read_text()), time.perf_counter()
-    newllm.phase2(run, model, train, val, {} if config.joint else states)
-    seconds += time.perf_counter() - start
-    best = min((folder / "out").glob("epoch-*"), key=newllm.val_loss_of)
-    model.load_state_dict(newllm.part_of(newllm.load_tensors(best, "model/")[0], "model"))
-    loss, accuracy = newllm.evaluate(run, model, test)
-    inside = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
-    return dict(kind=kind, dropout=dropout, seed=seed, epochs=epochs, seconds=seconds,
-                memory=2 * model.known + 3 if model.memory else 0,
-                val=newllm.val_loss_of(best), test=loss, accuracy=accuracy, passes=passes,
-                epoch=int(best.name.split("-")[1]), parameters=inside, log=log["phase2"])
+def scaling(path, numbers, o, rows):
+    """PPL = A tokens^alpha: one New-LLM per number of dialogues, all with the same vocabulary."""
+    (train, val, test), V, left_out = split_file(path, most=max(numbers))
+    print(f"{path}: V = {V:,}; {left_out:.1%} of held-out targets left out\n"
+          f"dialogues   tokens   perplexity  right  seconds")
+    choice, points = dict(iterations=o.iterations, epochs=o.own_epochs), []
+    for n in sorted({min(n, len(train)) for n in numbers}):
+        row = train_one("New-LLM", (train[:n], val, test), V, o.seeds[0], choice, o.device)
+        points.append((math.log(newllm.tokens_in(train[:n])), math.log(row["test"])))
+        keep(rows, "scaling", "{dialogues:9,d}{tokens:9,d}{test:13.1f}{right:7.1%}{seconds:9.0f}",
+             data=str(path), dialogues=n, tokens=newllm.tokens_in(train[:n]), **row)
+    if len(points) > 1:
+        alpha, log_A = statistics.linear_regression(*zip(*points))
+        keep(rows, "law", "PPL = {A:,.0f} * tokens^{alpha:.3f}, R^2 = {R2:.3f}", alpha=alpha,
+             A=math.exp(log_A), R2=statistics.correlation(*zip(*points)) ** 2)
 
+# --- the original beside ours: python test_newllm.py --original
 
-def compare(path, tokens, epochs, kinds, dropouts, seeds, device, plot, **changes):
-    """The table of README's comparison. For each model, dropout, the number of epochs planned (over
-    which the learning rate falls) and the epoch are chosen on validation data."""
-    import tempfile
-    newllm.say, say = (lambda text: None), print
-    parts, V = split_file(path, tokens)
-    count = [sum(len(d.ids) for d in part) for part in parts]
-    say(f"{machine()}\n{path}: {count[0]:,} training tokens ({newllm.targets(parts[0]):,} "
-        f"targets), {count[1]:,} to choose with, {count[2]:,} to report on; {V:,} different "
-        f"tokens; epochs planned: {', '.join(map(str, epochs))}")
-    rows = []
-    for kind in kinds:
-        with tempfile.TemporaryDirectory() as folder:
-            def trained(dropout, planned, seed):
-                return train_one(kind, dropout, seed, parts, V, planned, Path(folder), device,
-                                 **changes)
-            tried = [trained(dropout, planned, seeds[0]) for dropout in dropouts
-                     for planned in epochs]
-            best = min(tried, key=lambda r: r["val"])
-            runs = [best] + [trained(best["dropout"], best["epochs"], seed) for seed in seeds[1:]]
-        test = torch.tensor([r["test"] for r in runs]).exp()
-        numbers = (600 if "GRU" in kind else 512) + best["memory"]
-        state = ([2 * 2 * 256 * 4 * T for T in (1000, 100_000)] if kind == "Transformer" else
-                 [4 * numbers] * 2)
-        passes, all_passes = best["passes"] + best["epoch"], best["passes"] + len(best["log"])
-        say(f"{kind:27s} | test PPL {test.mean():6.1f} (" + ", ".join(f"{v:.1f}" for v in test) +
-            f") | accuracy {sum(r['accuracy'] for r in runs) / len(runs):.1%} (" +
-            ", ".join(f"{r['accuracy']:.1%}" for r in runs) + f") | dropout {best['dropout']}, "
-            f"epoch {best['epoch']} of {best['epochs']}: {passes * count[0]:,} tokens "
-            f"seen, {best['passes']} times in Phase 1 | "
-            f"{all_passes * count[0] / best['seconds']:,.0f} tokens/s, all epochs in "
-            f"{best['seconds']:.0f} s | {best['parameters']:,} parameters | memory at token "
-            f"1,000: {state[0]:,} bytes, at 100,000: {state[1]:,} | all val PPL: " +
-            ", ".join(f"{r['dropout']} and {r['epochs']} epochs: {torch.tensor(r['val']).exp():.1f}"
-                      for r in tried))
-        sys.stdout.flush()
-        rows.append((kind, best["log"], best))
-    if plot:
+class OriginalCell(Cell):
+    """The original's cell: LayerNorm in the loop undoes what the gates have forgotten."""
+
+    def forward(self, u, s):
+        f, i, d = self.gates(F.silu(u + self.state_in(s))).chunk(3, dim=-1)
+        s = torch.sigmoid(f) * s + torch.sigmoid(i) * torch.tanh(d)
+        return F.layer_norm(s, s.shape[-1:]), torch.sigmoid(f)
+
+def original_step(optimizer, c, before):
+    """One step on the original's loss: contexts' change, minus the norm of their deviations."""
+    change, deviation = (c - before).pow(2).mean(), (c - c.mean(0)).norm() / len(c)
+    ((1 - newllm.DIVERSITY) * change - newllm.DIVERSITY * deviation).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+def original_phase1(model, train, iterations=10):
+    """Iteration 0 walks; then each token gets its neighbour's state of the last iteration."""
+    optimizer = torch.optim.AdamW(model.cell.parameters(), 2e-3)
+    ids, _, real = newllm.collate(train, range(len(train)), model.vocab.device)
+    states, x = model.states(ids).detach(), model.read(ids).detach()
+    for _ in range(iterations):
+        new = model.cell(model.cell.token_in(x), F.pad(states[:, :-1], (0, 0, 1, 0)))[0]
+        original_step(optimizer, new[real], states[real])
+        states = new.detach()
+    return [s[:len(d.ids)].clone() for s, d in zip(states.cpu(), train)]
+
+def exhibit(device, rows, samples=100):
+    """What each Phase 1 leaves behind, and how well Phase 2 predicts from it, in a chat."""
+    print(f"{samples} dialogues of data/chats.jsonl; distance: of cached contexts from the token "
+          f"loop's, mean square\n(2: unrelated); rank: share of its dimensions that they use; "
+          f"perplexity: of held-out answers\n{'contexts':31s}distance  rank  perplexity  right")
+    for how in ("original", "original, walked for Phase 2", "New-LLM"):
+        with tempfile.TemporaryDirectory() as out:
+            config = Config(str(REPO / "data/chats.jsonl"), samples=samples, iterations=10, out=out,
+                            epochs=4, patience=2, dropout=0.3, learning_rate=2e-3, seed=1,
+                            batch_tokens=512, solver="sequential")
+            train, val, vocab = newllm.load(config)
+            model = newllm.make_model(config, vocab).to(device)
+            if how == "New-LLM":
+                model.config = replace(config, solver="parallel")
+                Phase1(model, train, val).fit()
+                model.head.weight.data.copy_(model.embed.weight)
+            else:
+                model.cell = OriginalCell(config).to(device)
+                jacobis = original_phase1(model, train)
+            phase, cached = Phase2(model, train, val), newllm.all_states(model, train)
+            if how == "original":
+                phase.states = cached = jacobis
+            phase.fit()
+        model.config = replace(config, solver="sequential")
+        c, w = (F.layer_norm(torch.cat(s), s[0].shape[1:])
+                for s in (cached, newllm.all_states(model, train)))
+        keep(rows, "original", "{how:31s}{distance:8.0e}{rank:6.0%}{perplexity:12.1f}{right:7.1%}",
+             how=how, distance=(c - w).pow(2).mean().item(), rank=newllm.effective_rank(c),
+             **phase.evaluate(val))
+
+# --- pictures of kept numbers: python test_newllm.py --plot FOLDER --json FILE ...
+
+COLOURS = dict(zip(MODELS, ("tab:blue", "tab:orange", "tab:green", "tab:cyan", "tab:purple",
+                            "tab:pink", "tab:gray")))
+
+def plot(o, device, rows):
+    """Pictures of kept numbers; two of the three are measured where --json lacks them."""
+    import matplotlib.pyplot as plt
+    o.plot.mkdir(parents=True, exist_ok=True)
+    rows += [row for path in o.json for row in json.loads(Path(path).read_text())["rows"]]
+    tables, o.json = {row["table"] for row in rows}, [o.plot / "measured.json"]
+    if "curve" not in tables:
+        bench_contexts([("medium", 2 ** k) for k in range(8, 15)], device, rows, "curve")
+    if "decoding" not in tables:
+        bench_decoding("medium", [1000, 10_000, 100_000], device, rows)
+    for name, table, draw in (("contexts", "curve", draw_contexts), ("memory", "decoding",
+                              draw_memory), ("comparison", "comparison", draw_comparison)):
+        found = [row for row in rows if row["table"] == table]
+        if found:
+            figure, axes = plt.subplots(figsize=(8, 5), dpi=100, layout="constrained")
+            axes.set_title(draw(axes, found), fontsize=11)
+            axes.legend()
+            figure.savefig(o.plot / f"{name}.png")
+        print(f"{o.plot / name}.png" if found else f"{name}.png left out: --json has no numbers")
+
+def draw_lines(axes, rows, at, xlabel, ylabel, *lines):
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    for key, model, what, style in lines:
+        axes.loglog([r[at] for r in rows], [r[key] for r in rows], style, label=model + what,
+                    color=COLOURS[model])
+
+def draw_contexts(axes, rows):
+    draw_lines(axes, rows, "T", "tokens of one dialogue", "milliseconds for all contexts",
+               ("loop", "New-LLM", ", token by token", "o--"), ("gru", "GRU", " of torch", "s-"),
+               ("solver", "New-LLM", ", parallel solver", "o-"))
+    axes.text(0.98, 0.03, f"solver's largest error: {max(r['error'] for r in rows):.0e}",
+              transform=axes.transAxes, ha="right")
+    return ("{T:,} tokens: the solver takes {solver:,.0f} ms, the token loop {loop:,.0f}, nn.GRU "
+            "{gru:,.0f}").format(**rows[-1])
+
+def draw_memory(axes, rows):
+    draw_lines(axes, rows, "position", "tokens read", "bytes carried to the next token",
+               ("state", "New-LLM", ": state", "o-"), ("cache", "Transformer", ": cache", "^-"))
+    return ("After {position:,} tokens New-LLM carries {state:,} bytes, a key-value cache "
+            "{cache:,}").format(**rows[-1])
+
+def draw_comparison(axes, rows):
+    texts, models = ([*dict.fromkeys(r[key] for r in rows)] for key in ("data", "model"))
+    best = dict.fromkeys(texts, (math.inf, ""))
+    for (k, model), (i, text) in itertools.product(enumerate(models), enumerate(texts)):
+        found = [r["test"] for r in rows if (r["data"], r["model"]) == (text, model)]
+        if found:
+            x, mean = i + 0.8 * (k + 0.5) / len(models) - 0.4, statistics.mean(found)
+            axes.bar(x, mean, 0.76 / len(models), color=COLOURS[model],
+                     label=model if model not in axes.get_legend_handles_labels()[1] else None)
+            axes.vlines(x, min(found), max(found), color="black")
+            axes.text(x, mean / 2, f"{mean:.1f}", ha="center", color="white")
+            best[text] = min(best[text], (mean, model))
+    axes.set_xticks(range(len(texts)), [Path(text).stem for text in texts])
+    axes.set_ylabel("test perplexity, lower is better (line: seeds)")
+    return "Predicts unseen answers best: " + "; ".join(
+        f"{best[text][1]} on {Path(text).stem}" for text in texts)
+
+OPTIONS = (  # name, type, default, help, several?
+    ("json", str, [], "FILE to keep the numbers in; files that --plot reads", "+"),
+    ("device", str, "auto", "", None),
+    ("plot", Path, None, "FOLDER for three pictures", None),
+    ("compare", str, None, "DATA.jsonl on which New-LLM is compared with others", None),
+    ("tokens", int, 100_000, "to train on", None),
+    ("models", str, [*MODELS][:3], "of " + ", ".join(MODELS), "+"),
+    ("dropouts", float, [0.1, 0.3, 0.5], "of GRU and Transformer, all tried", "+"),
+    ("seeds", int, [1, 2, 3], "the first chooses the settings", "+"),
+    ("epochs", int, [8, 16], "of joint training, all tried", "+"),
+    ("own-epochs", int, 3, "of New-LLM's Phase 2", None),
+    ("iterations", int, 16, "of New-LLM's Phase 1", None),
+    ("budget", float, math.inf, "minutes for all models", None),
+    ("scaling", str, None, "DATA.jsonl and numbers of dialogues, as 50,100,200", 2))
+
+def script():
+    parser = argparse.ArgumentParser(description="The benchmark, unless something else is asked.")
+    parser.add_argument("--quick", action="store_true", help="the benchmark in under a minute")
+    parser.add_argument("--original", action="store_true", help="the original beside ours")
+    for name, kind, default, about, several in OPTIONS:
+        parser.add_argument(f"--{name}", type=kind, default=default, nargs=several, help=about,
+                            choices=MODELS if name == "models" else None)
+    o, rows = parser.parse_args(), []
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REPO / "data"))
+    torch.set_flush_denormal(True)
+    newllm.say, device = lambda text: None, newllm.pick_device(o.device)
+    print(machine())
+    if o.plot:
         try:
-            import matplotlib
-        except ImportError:
-            return say("--plot needs a package: pip install matplotlib")
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        for kind, log, best in rows:
-            plt.plot([(e + best["passes"]) * count[0] for e, _ in log],
-                     [torch.tensor(v).exp() for _, v in log], "o-", label=kind)
-        plt.xlabel("tokens seen, Phase 1 included")
-        plt.ylabel("validation perplexity")
-        plt.yscale("log")
-        plt.legend()
-        plt.savefig(plot, dpi=120)
-
+            plot(o, device, rows)
+        except ModuleNotFoundError as e:
+            return print(f"--plot needs a package: pip install {e.name}")
+    elif o.compare:
+        compare(o.compare, o, rows)
+    elif o.scaling:
+        scaling(o.scaling[0], [int(n) for n in o.scaling[1].split(",")], o, rows)
+    elif o.original:
+        exhibit(device, rows)
+    else:
+        bench_contexts([("small", 1024)] if o.quick else [
+            ("small", 4096), ("medium", 4096), ("large", 4096), ("medium", 32768)], device, rows)
+        bench_training(["small"] if o.quick else ["small", "medium"], device, rows)
+        bench_decoding("medium", [1000, 10_000, 100_000][:2 if o.quick else 3], device, rows)
+        bench_original(device, rows, *(640, 3, 256) if o.quick else ())
+    if o.json:
+        Path(o.json[0]).write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1))
 
 if __name__ == "__main__":
-    import argparse
-    parser = argparse.ArgumentParser(description="The benchmark, or with --compare the comparison.")
-    parser.add_argument("--quick", action="store_true", help="under a minute")
-    parser.add_argument("--json", metavar="FILE", help="keep the numbers")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--head", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--trained", metavar="FOLDER", help="the solver on its checkpoint")
-    parser.add_argument("--ask", metavar="FOLDER", help="what its checkpoint says to new questions")
-    parser.add_argument("--compare", metavar="DATA.jsonl")
-    parser.add_argument("--tokens", type=int, default=100_000, help="training tokens")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[8, 16],
-                        help="of Phase 2 and of the baselines, each number tried")
-    of_newllm = ("iterations", "word_dropout", "negatives_power", "word_memory")
-    for name in of_newllm:
-        value = newllm.PRESETS["large"][name]
-        parser.add_argument(newllm.flag_of(name), type=type(value), default=value,
-                            help=f"of New-LLM (default: the large preset's {value})")
-    parser.add_argument("--dtype", default="float32", help="of all but states, for all models")
-    parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1, 0.3, 0.5])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--models", nargs="+", choices=[*KINDS, *ABLATIONS],
-                        default=list(KINDS))
-    parser.add_argument("--plot", metavar="FILE.png")
-    options = parser.parse_args()
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REPO / "data"))
-    if options.head:
-        head_once(options.head[0], int(options.head[1]), newllm.pick_device(options.device))
-    elif options.trained:
-        bench_trained(options.trained)
-    elif options.ask:
-        ask(options.ask)
-    elif options.compare:
-        compare(options.compare, options.tokens, options.epochs, options.models, options.dropouts,
-                options.seeds, options.device, options.plot, dtype=options.dtype,
-                **{name: getattr(options, name) for name in of_newllm})
-    else:
-        figures = benchmark(options.quick, newllm.pick_device(options.device))
-        if options.json:
-            Path(options.json).write_text(json.dumps(dict(machine=machine(), rows=figures),
-                                                     indent=1))
+    script()
