@@ -113,7 +113,7 @@ PHASE_1_READS = ("embeddings", "embed_dim", "num_layers", "context_dim", "hidden
 MAY_CHANGE = ("out", "resume", "device", "cache", "tensorboard", "show_data")  # with --resume
 
 def parse(argv: list[str]) -> tuple[Config, dict]:
-    """The command line as a Config, and those of its values that the user or the preset chose."""
+    """The command line as a Config, and those of its values that were typed."""
     parser = argparse.ArgumentParser(
         "newllm.py", allow_abbrev=False, description=__doc__.splitlines()[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="examples:\n"
@@ -139,7 +139,7 @@ def parse(argv: list[str]) -> tuple[Config, dict]:
     asked = PRESETS[given.pop("preset")][1] | given
     if "data" in given and is_file(given["data"]):
         asked["samples"] = given.get("samples", 0)
-    return Config(**asked), asked
+    return Config(**asked), given
 
 # ------------------------------------------------------------------------------------------------
 # 2. Data: dialogues in; token ids, and a mask of the assistant's words, out
@@ -580,7 +580,7 @@ class Phase:
     """What both phases share. They differ in what learns, how fast, and by which loss.
 
     All that is random in a step follows from its number: to go on from a checkpoint, of which each
-    epoch leaves one, gives to the last digit what an uninterrupted run gives.
+    epoch leaves one, gives to the last digit what an uninterrupted run of one process gives.
     """
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue], learns: tuple):
@@ -1005,7 +1005,8 @@ def train_model(config: Config, resumed: Optional[dict]) -> Optional[NewLLM]:
     train, val, vocab = load(config)
     if config.show_data:
         return show_data(train[:config.show_data], Tokenizer(vocab))
-    write(Path(config.out) / ".writable", lambda file: None).unlink()  # better now than in an hour
+    for folder in (config.out, config.cache):  # better to learn it now than after an hour
+        write(Path(folder) / ".writable", lambda file: None).unlink(missing_ok=True)
     device = pick_device(config.device)
     model = (model_of(resumed) if resumed else make_model(config, vocab)).to(device)
     if not torch.equal(model.vocab.cpu(), vocab):
@@ -1034,27 +1035,27 @@ def train_model(config: Config, resumed: Optional[dict]) -> Optional[NewLLM]:
     Phase2(model, train, val).fit(resumed)
     return model.eval()
 
-def earlier_run(config: Config, asked: dict) -> tuple[Config, dict]:
+def earlier_run(config: Config, typed: dict) -> tuple[Config, dict]:
     """For --resume: the config of the last checkpoint, with what may change changed, and itself."""
     found = sorted(Path(config.out).glob("phase?-last.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise UserError(f"--resume: no checkpoint in {config.out}; train first, or name its --out")
     checkpoint = read_checkpoint(found[-1])
     old = Config(**checkpoint["config"])
-    for name in asked.keys() - set(MAY_CHANGE):
-        before, now = getattr(old, name), asked[name]
-        if now != before and (name, now) != ("embeddings", "auto"):
-            raise UserError(f"--resume: {found[-1]} was trained with {flag_of(name)} {before}, not "
-                            f"{now}; leave that out, or train anew in another --out")
-    return replace(old, **{k: v for k, v in asked.items() if k in MAY_CHANGE}), checkpoint
+    for name in typed.keys() - set(MAY_CHANGE):
+        if typed[name] != getattr(old, name) and (name, typed[name]) != ("embeddings", "auto"):
+            raise UserError(f"--resume: {found[-1]} was trained with {flag_of(name)} "
+                            f"{getattr(old, name)}, not {typed[name]}; leave that out, or train "
+                            f"anew in another --out")
+    return replace(old, **{k: v for k, v in typed.items() if k in MAY_CHANGE}), checkpoint
 
 def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
     """Train as the options say, which in a notebook are not the kernel's own. Returns the model."""
     start = time.perf_counter()
     torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
     try:
-        config, asked = parse(argv if argv is not None else [] if in_notebook() else sys.argv[1:])
-        config, resumed = earlier_run(config, asked) if config.resume else (config, None)
+        config, typed = parse(argv if argv is not None else [] if in_notebook() else sys.argv[1:])
+        config, resumed = earlier_run(config, typed) if config.resume else (config, None)
         if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
             device = pick_device(config.device)
             if device.type == "cuda":
