@@ -243,11 +243,11 @@ def download(name: str, split: str, samples: int, cache: str) -> Path:
 
 def read(name: str, config: Config, tokenizer: Tokenizer, training: bool) -> list[Dialogue]:
     """All dialogues of a file or a dataset; of a .txt file pieces, every token a target."""
-    samples, path = (config.samples if training else 100) or None, Path(name)
+    samples, path = (config.samples or None) if training else None, Path(name)
     if not is_file(name):
         hub = dict(ultrachat="HuggingFaceH4/ultrachat_200k").get(name, name)
         split = ("train" if training else "test") + "_sft" * (name == "ultrachat")
-        path = download(hub, split, samples, config.cache)
+        path = download(hub, split, samples if training else 100, config.cache)
     if path.suffix not in (".jsonl", ".json", ".txt"):
         raise UserError(f"{path}: unknown kind of file; give a .jsonl or a .txt file")
     items = itertools.islice(read_messages(path), samples)
@@ -267,9 +267,8 @@ def load(config: Config) -> tuple[list[Dialogue], list[Dialogue], Tensor]:
     if config.val_data or config.data == "ultrachat" and not config.by_heart:
         val = read(config.val_data or config.data, config, tokenizer, False)
     elif not config.by_heart:  # every tenth dialogue, the last tenth of a plain text
-        n = len(train)
-        held = range(n - max(1, n // 10), n) if config.data.endswith(".txt") else (
-            range(min(9, n - 1), n, 10))
+        n, text = len(train), config.data.endswith(".txt")
+        held = range(n)[-max(1, n // 10):] if text else range(n)[min(9, n - 1)::10]
         val, train = [train[i] for i in held], [d for i, d in enumerate(train) if i not in held]
     seen = {tuple(d.ids.tolist()) for d in train}
     val = [d for d in val if tuple(d.ids.tolist()) not in seen]
@@ -308,10 +307,10 @@ class Cell(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        E, C, H, L = config.embed_dim, config.context_dim, config.hidden_dim, config.num_layers
-        self.token_in = nn.Linear(E, H * (L if config.token_input_all_layers else 1))
+        E, C, H, layers = config.embed_dim, config.context_dim, config.hidden_dim, config.num_layers
+        self.token_in = nn.Linear(E, H * (layers if config.token_input_all_layers else 1))
         self.state_in = nn.Linear(C, H, bias=False)
-        self.hidden = nn.ModuleList(nn.Linear(H, H) for _ in range(L - 1))
+        self.hidden = nn.ModuleList(nn.Linear(H, H) for _ in range(layers - 1))
         self.gates = nn.Linear(H, 3 * C)
         nn.init.orthogonal_(self.state_in.weight, gain=0.5)
         nn.init.orthogonal_(self.gates.weight, gain=0.7)
@@ -356,6 +355,10 @@ def scan(f: Tensor, b: Tensor) -> Tensor:
         f = torch.cat((f[:, :k], f[:, k:] * f[:, :-k]), 1)
         k *= 2
     return b
+
+def context(s: Tensor) -> Tensor:
+    """c = LayerNorm(s): what is read of states (..., C); zero mean and unit variance."""
+    return F.layer_norm(s, s.shape[-1:])
 
 def chunked(x: Tensor, L: int) -> Tensor:
     """(B, T, D) -> (B * n, L, D): n chunks of L tokens, the last filled up with zeros."""
@@ -408,7 +411,7 @@ class ParallelStates(torch.autograd.Function):
     m_1 = inside_1 + J_1^T m_2, J_1 being the Jacobian of the end by the start. Autograd gives
     through_1 = J_1^T m_2 for any guess of m_2. Of n chunks, guess all m_j; were J_j the product of
     forget gates kept_j, one scan() would find the right ones; correct the guesses by that scan, and
-    ask again until nothing changes. What it stops at is exact, for through_j was.
+    ask again until nothing changes. There the terms with kept_j cancel: it is the true gradient.
     """
 
     @staticmethod
@@ -448,11 +451,10 @@ class Output(NamedTuple):
     state: Tensor   # (B, C), after the last token
 
 class NewLLM(nn.Module, PyTorchModelHubMixin):
-    """Context block, token block, and an output head that is tied to the embeddings.
+    """Context block, token block, and an output head whose table is that of the embeddings.
 
-    GPT-2's embeddings are one frozen table for all. Learned ones are two where Phase 2 keeps the
-    contexts frozen: `embed`, which both blocks read, stays as Phase 1 made it; `head` begins as its
-    copy and goes on learning.
+    With GPT-2's embeddings, and with --joint, it is the same table. Learned ones must not change
+    under frozen contexts: there the head begins with a copy, and goes on learning.
     """
 
     def __init__(self, config: Config, vocab_size: int = 50259):
@@ -501,7 +503,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def query(self, ids: Tensor, states: Tensor) -> Tensor:
         """Token block, q = FNN([x, c]): ids (...), states (..., C) -> (..., E) of length 1."""
-        x, c = self.read(ids), F.layer_norm(states, states.shape[-1:])
+        x, c = self.read(ids), context(states)
         a = torch.cat((x, c), dim=-1)
         for k, layer in enumerate(self.hidden):
             a = torch.cat((a, x), dim=-1) if k and self.again else a
@@ -532,8 +534,9 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         choose(), state as in forward(). Rows that have ended are filled up with eos_token_id."""
         ids, unread, ended = input_ids, input_ids, input_ids.new_zeros(len(input_ids), dtype=bool)
         for _ in range(max_new_tokens):
-            _, logits, state = self(unread, state=state)
-            token = choose(logits[:, -1], ids, **sampling)
+            states = self.states(unread, state)
+            state = states[:, -1]
+            token = choose(self.logits(unread[:, -1], state), ids, **sampling)
             if eos_token_id is not None:
                 token = torch.where(ended, eos_token_id, token)
                 ended = ended | (token == eos_token_id)
@@ -577,7 +580,10 @@ TABLES = ("embed.weight", "head.weight")  # whose learning rate is another
 WARMUP, GAIN = 10, 1e-3  # steps in which the learning rate rises; what counts as a gain, in nats
 
 class Phase:
-    """What both phases share. They differ in what learns, how fast, and by which loss.
+    """What both phases share. They differ in what learns, how fast, and by which loss().
+
+    loss() returns a loss to minimise and four sums, of which the second counts what was asked;
+    figures() makes means of them, and `loss` among these is what is to fall.
 
     All that is random in a step follows from its number: to go on from a checkpoint, of which each
     epoch leaves one, gives to the last digit what an uninterrupted run of one process gives.
@@ -622,7 +628,8 @@ class Phase:
                 figures |= {f"held-out {k}": v for k, v in self.evaluate(self.val).items()}
             goal = figures.get("held-out loss", figures["loss"])
             gained = goal < best - GAIN
-            epoch, best, waited = epoch + 1, *((goal, 0) if gained else (best, waited + 1))
+            epoch, waited = epoch + 1, 0 if gained else waited + 1
+            best = goal if gained else best
             left = (time.perf_counter() - start) / (epoch - first) * (self.epochs - epoch)
             say(f"{epoch:5d} of {self.epochs} | " + " | ".join(
                 f"{k} {v:.4g}" for k, v in figures.items()) + f" | {left:.0f} s left")
@@ -630,10 +637,11 @@ class Phase:
                 writer.add_scalar(f"{self.name}/{k}", v, epoch)
             checkpoint = dict(config=asdict(self.config), model=self.model.state_dict(),
                               phase=self.name, progress=(epoch, best, waited), figures=figures,
-                              optimizer=optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                              states=self.states if self.name == "phase1" else None)
-            for name in ("best", "last") if gained else ("last",):
-                save(out / f"{self.name}-{name}.pt", checkpoint)
+                              optimizer=optimizer.state_dict(), scaler=self.scaler.state_dict())
+            if gained:
+                save(out / f"{self.name}-best.pt", checkpoint)
+            states = self.states if self.name == "phase1" else None  # Phase 2's are made anew
+            save(out / f"{self.name}-last.pt", checkpoint | dict(states=states))
         if WORLD > 1:
             dist.barrier()
         if self.keep_best:
@@ -673,6 +681,9 @@ class Phase:
             say(f"memory: a step takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: it is "
                 f"computed in {parts} part(s)")
         self.parts, sums = parts, global_sum(sums)
+        if not sums[0].isfinite():
+            raise UserError(f"the loss is {sums[0]:.1f}; train anew with a lower --learning-rate; "
+                            f"the last good checkpoint is in {self.config.out}")
         parameters = [group["params"][0] for group in optimizer.param_groups]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -681,9 +692,6 @@ class Phase:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         self.scaler.step(optimizer)
         self.scaler.update()
-        if not sums[0].isfinite():
-            raise UserError(f"the loss is {sums[0]:.1f}; train anew with a lower --learning-rate; "
-                            f"the last good checkpoint is in {self.config.out}")
         return sums.cpu()
 
     @torch.no_grad()
@@ -772,8 +780,7 @@ class Phase1(Phase):
         contrast = F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
         change = states.new_zeros(1)
         if known:
-            c, c_before = (F.layer_norm(s, s.shape[-1:]) for s in (states, before))
-            change = (c - c_before)[:, 1:][real[:, 1:]].pow(2).mean(-1)
+            change = (context(states) - context(before))[:, 1:][real[:, 1:]].pow(2).mean(-1)
             for i, s in zip(part, states.detach().cpu()):
                 self.states[i] = s[:len(dialogues[i].ids)].clone()
         sums = (contrast, asked.sum(), change.sum(), (change < CONVERGED).sum())
@@ -794,8 +801,8 @@ class Phase1(Phase):
         for d in longest:  # as a chat reads: one after the other
             u = self.model.cell.token_in(self.model.read(d.ids[None].to(self.device)))
             walked.append(walk(self.model.cell, u, u.new_zeros(1, self.config.context_dim))[0][0])
-        walked, cached = torch.cat(walked).cpu(), torch.cat(all_states(self.model, longest))
-        c, w = (F.layer_norm(s, s.shape[1:]) for s in (cached, walked))
+        walked = torch.cat(walked).cpu()
+        c, w = context(torch.cat(all_states(self.model, longest))), context(walked)
         same = F.cosine_similarity(walked[1:], walked[:-1]).mean().item()
         alike = F.normalize(c, dim=-1).mean(0).pow(2).sum().item()
         say(f"contexts are {(c - w).pow(2).mean():.0e} from the token loop's, mean square (2 is "
@@ -811,7 +818,7 @@ def fits(dialogues: list[Dialogue], config: Config) -> bool:
 
 def effective_rank(states: Tensor) -> float:
     """exp(entropy of normalised singular values) / C of states (N, C) (Roy & Vetterli 2007)."""
-    c = F.layer_norm(states[::max(1, len(states) // 4096)], states.shape[1:])
+    c = context(states[::max(1, len(states) // 4096)])
     p = torch.linalg.svdvals(c - c.mean(0))
     p = (p / p.sum()).clamp(min=1e-12)
     return torch.exp(-(p * p.log()).sum()).item() / c.shape[1]
@@ -819,7 +826,7 @@ def effective_rank(states: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------
 # 7. Phase 2: learn to predict the assistant's words
 
-HOLES, TABLE_RATE = 1 / 3, 0.2  # share of words hidden; the tables' share of the learning rate
+HOLES = 1 / 3  # share of the words that the context block is not shown
 
 class Phase2(Phase):
     """Cross entropy of the assistant's words, with the token block that Phase 1 has begun.
@@ -828,15 +835,14 @@ class Phase2(Phase):
     Contexts that know the text by heart would teach the token block to trust them more than it can
     in a chat. Validation is without holes, as a chat is.
     """
-    name, table_rate = "phase2", TABLE_RATE
+    name, table_rate = "phase2", 0.2  # the table overfits first
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         config = model.config
         super().__init__(model, train, val, ("hidden", "out", "scale", "head")
                          + ("embed", "cell") * config.joint)
-        self.epochs, self.rate, self.batch_tokens = (config.epochs, config.learning_rate,
-                                                     config.batch_tokens)
-        self.patience, self.keep_best = config.patience, not config.by_heart
+        self.epochs, self.rate, self.patience = config.epochs, config.learning_rate, config.patience
+        self.batch_tokens, self.keep_best = config.batch_tokens, not config.by_heart
         self.holes = 0 if config.by_heart else HOLES
         if fits(train, config) and not config.joint:
             torch.manual_seed(config.seed)
@@ -946,7 +952,7 @@ def free_memory(device: torch.device) -> tuple[int, int]:
 def gpt2_table(name: str, cache: str) -> Tensor:
     """GPT-2's embeddings (50257, 768): wte.weight of a .safetensors file, or of the hub's, of which
     only these 154 of 548 MB are read, once. Raises UserError."""
-    from safetensors.torch import load_file, save
+    from safetensors.torch import load_file, save as to_bytes
     path = Path(cache) / "gpt2-wte.safetensors" if name in ("auto", "gpt2") else Path(name)
     if name in ("auto", "gpt2") and not path.exists():
         try:
@@ -960,7 +966,7 @@ def gpt2_table(name: str, cache: str) -> Tensor:
         except Exception as e:  # whatever the network does
             raise UserError(f"GPT-2's embeddings cannot be downloaded ({cause(e)})") from None
         table = torch.frombuffer(data, dtype=torch.float32).view(header["shape"])
-        write(path, lambda file: file.write(save({"wte.weight": table})))
+        write(path, lambda file: file.write(to_bytes({"wte.weight": table})))
     try:
         tensors = {k.removeprefix("transformer."): t for k, t in load_file(path).items()}
     except Exception as e:  # a damaged file raises anything
@@ -1017,10 +1023,11 @@ def train_model(config: Config, resumed: Optional[dict]) -> Optional[NewLLM]:
     tables = sum(n for name, n in count.items() if name in TABLES)
     say(f"model: {sum(count.values()) - tables:,} parameters, {tables:,} of embeddings, {device}")
     if not resumed or resumed["phase"] == "phase1":
-        with torch.no_grad():  # the last is for those who edit the cell
-            reads = [getattr(config, f.name) for f in fields(config) if f.name in PHASE_1_READS]
+        with torch.no_grad():  # the probe is for those who edit the cell
+            reads = [getattr(config, name) for name in PHASE_1_READS]
             probe = model.states(train[0].ids[None].to(device)).mean().item()
-        key = json.dumps([reads, vocab.tolist(), [d.ids.tolist() for d in train + val], probe])
+        texts = [vocab.tolist(), *(d.ids.tolist() for d in train + val)]
+        key = json.dumps([reads, NEGATIVES, DIVERSITY, texts, probe])
         done = Path(config.cache) / f"phase1-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
         if done.exists() and not resumed:
             model.load_state_dict(read_checkpoint(done)["model"])
@@ -1071,15 +1078,14 @@ def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
                   f"You: who are you?\nNew-LLM: {answer(model, 'who are you?')}\n\n"
                   f"chat with it: python chat.py{where}")
         return model
-    except UserError as e:
+    except (UserError, ModuleNotFoundError) as e:
         if in_notebook():
             raise
-        sys.exit(print(f"newllm.py: {e}", file=sys.stderr) or 2)
-    except ModuleNotFoundError as e:
-        sys.exit(print(f"newllm.py: pip install {e.name}, or do without the option for it",
-                       file=sys.stderr) or 2)
+        hint = f"; pip install {e.name}" if isinstance(e, ImportError) else ""
+        print(f"newllm.py: {e}{hint}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the last finished pass is saved: go on with --resume")
+        sys.exit("\ninterrupted; passes that were finished are saved: go on with --resume")
 
 if __name__ == "__main__":
     main()
