@@ -866,7 +866,7 @@ def choices_for(kind, o):
     grid |= {} if MODELS[kind].get("iterations") == 0 else dict(iterations=[o.iterations])
     grid |= dict(learning_rate=[2e-3, 5e-4]) if kind == "joint after Phase 1" else {}
     if kind in ("GRU", "Transformer"):
-        grid |= dict(dropout=o.dropouts, holes=[0.0, 1 / 3], head=["cosine", "products"])
+        grid |= dict(dropout=o.dropouts, holes=o.holes, head=o.heads)
     found = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     return random.Random(0).sample(found, len(found))
 
@@ -1047,6 +1047,8 @@ OPTIONS = (  # name, type, default, help, several?
     ("tokens", int, 100_000, "to train on", None),
     ("models", str, [*MODELS][:3], "of " + ", ".join(MODELS), "+"),
     ("dropouts", float, [0.1, 0.3, 0.5], "of GRU and Transformer, all tried", "+"),
+    ("holes", float, [0.0, 1 / 3], "of GRU and Transformer, share of words hidden, all tried", "+"),
+    ("heads", str, ["cosine", "products"], "of GRU and Transformer, all tried", "+"),
     ("seeds", int, [1, 2, 3], "the first chooses the settings", "+"),
     ("epochs", int, [8, 16], "of joint training, all tried", "+"),
     ("own-epochs", int, 3, "of New-LLM's Phase 2", None),
