@@ -221,7 +221,8 @@ def read_messages(path: Path) -> Iterator[str | list[tuple[str, str]]]:
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start}); give a text file") from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{path} line {number} is not JSON: {e}") from None
+        line = e.lineno if array else number
+        raise UserError(f"{path} line {line} is not JSON: {e.msg}") from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} line {number}: no messages, each a role and a content") from None
 
@@ -275,21 +276,22 @@ def load(config: Config) -> tuple[list[Dialogue], list[Dialogue], Tensor]:
     n, cut = len(train + val), sum(len(d.ids) > config.max_len for d in train + val)
     train, val = ([d for d in (Dialogue(ids[:config.max_len], mask[:config.max_len])
                                for ids, mask in part) if d.mask[1:].any()] for part in (train, val))
-    if not train or not val and (config.val_data or not config.by_heart):
-        raise UserError(f"{config.data}: {len(train)} dialogues to train on and {len(val)} others "
-                        f"to validate on are too few; see --val-data and --max-len")
     used = torch.cat([torch.arange(3), *(d.ids for d in train)]).unique()
     number = torch.zeros(len(tokenizer.vocab), dtype=torch.long)  # what the text lacks is UNK, 0
     number[used] = torch.arange(len(used))
     train = [Dialogue(number[d.ids], d.mask) for d in train]
     known = [Dialogue(number[d.ids], d.mask & (number[d.ids] != UNK)) for d in val]
+    known = [d for d in known if d.mask[1:].any()]
+    if not train or not known and (config.val_data or not config.by_heart):
+        raise UserError(f"{config.data}: {len(train)} dialogues to train on and {len(known)} others"
+                        f" to validate on are too few; see --val-data and --max-len")
     say(f"data: {len(train)} dialogues, {tokens_in(train):,} tokens, {targets_in(train):,} of them "
         f"targets; V = {len(used):,}; {cut} cut at {config.max_len} tokens, "
         f"{n - len(train) - len(val)} without an answer left out")
     say(f"held out: {len(val)} dialogues; {1 - targets_in(known) / targets_in(val):.1%} of their "
         f"targets do not occur in the training text and are not counted" if val else
         "all learned by heart: nothing is held out, the figures are those of these dialogues")
-    return train, [d for d in known if d.mask[1:].any()], tokenizer.vocab[used]
+    return train, known, tokenizer.vocab[used]
 
 def tokens_in(dialogues: list[Dialogue]) -> int:
     return sum(len(d.ids) for d in dialogues)
