@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from newllm import (IM_END, IM_START, UNK, Tokenizer, UserError, choose, flag_of, model_of,
-                    pick_device, read_checkpoint)
+from newllm import (IM_END, IM_START, UNK, Tokenizer, UserError, choose, flag, pick_device,
+                    read_checkpoint)
 
 HELP = "/reset forgets all, /stats counts, Ctrl-C ends an answer, /quit or Ctrl-D the conversation"
 WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+")  # as GPT-2's tokens
@@ -111,12 +111,12 @@ def parse(argv):
     parser.error = fail
     for name, (kind, default, help, *_) in OPTIONS.items():
         help += "" if default is None else f" (default: {default})"
-        parser.add_argument(flag_of(name), type=kind, default=default, help=help)
+        parser.add_argument(flag(name), type=kind, default=default, help=help)
     o = parser.parse_args(argv)
     for name, (_, _, _, *limits) in OPTIONS.items():
         value = getattr(o, name)
         if limits and value is not None and not limits[0] <= value <= limits[1]:
-            fail(f"{flag_of(name)} {value}: give {limits[0]:g} to {limits[1]:g}")
+            fail(f"{flag(name)} {value}: give {limits[0]:g} to {limits[1]:g}")
     if o.num_beams > 1 and (o.temperature or o.top_k or o.top_p < 1 or o.repetition_penalty != 1):
         fail("--num-beams takes no --temperature, --top-k, --top-p or --repetition-penalty")
     o.temperature = 0.8 if o.temperature is None else o.temperature
@@ -128,13 +128,13 @@ def open_checkpoint(name: str):
     path = max(path.glob("phase?-*.pt"), default=path)  # phase2-last.pt, if it is there
     if not path.is_file():
         raise UserError(f"no checkpoint in {name}; train one first: python newllm.py --small")
-    checkpoint = read_checkpoint(path)
-    if best.exists() and checkpoint["config"]["patience"]:  # 0: by heart, where the last is best
-        path, checkpoint = best, read_checkpoint(best)
-    if checkpoint.get("phase") != "phase2":
+    model, checkpoint = read_checkpoint(path)
+    if best.exists() and model.config.patience:  # 0: by heart, where the last is best
+        path, (model, checkpoint) = best, read_checkpoint(best)
+    if checkpoint["phase"] != "phase2":
         raise UserError(f"{path} is of Phase 1, which has learned contexts but cannot speak yet; "
                         f"let newllm.py finish, or go on with --resume")
-    return model_of(checkpoint).eval(), path
+    return model.eval(), path
 
 def say_to(chat: Chat, text: str, prefix: str = ""):
     """Print the answer. Ctrl-C sets a flag that is looked at between tokens: it is never lost."""

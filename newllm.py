@@ -5,9 +5,10 @@ the next word is read from it, and it is handed on to the next token: a chat cos
 and the same time per token after ten tokens and after a million. Training has two phases: Phase 1
 learns the states of all tokens in parallel, Phase 2 keeps them fixed and learns to speak.
 
-    python newllm.py --small        learn ten dialogues by heart
-    python chat.py                  chat with what was trained
-    python newllm.py --help         every option; each is one field of Config, just below
+    python newllm.py --small                       learn ten dialogues by heart, in seconds
+    python newllm.py --medium --data mine.jsonl    all of your own by heart
+    python newllm.py --large --samples 5000        UltraChat, to answer new questions
+    python chat.py                                 chat with what was trained
 
 The letters that the code and its comments use:
 
@@ -19,17 +20,7 @@ The letters that the code and its comments use:
     s         the state that goes from token to token      (B, C)
     c         the context, LayerNorm(s): what is read      (B, C)
 """
-import argparse
-import builtins
-import hashlib
-import itertools
-import json
-import math
-import os
-import random
-import re
-import sys
-import time
+import argparse, builtins, contextlib, hashlib, itertools, json, math, os, random, sys, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
@@ -48,10 +39,9 @@ from tqdm import tqdm
 class UserError(ValueError):
     """Something the user can mend: printed as one line, exit code 2, no traceback."""
 
-def option(group, default, help, choices=None, least=1, below=math.inf):
-    """A field of Config: help gives the unit; numbers are from `least` on and below `below`."""
-    return field(default=default, metadata=dict(group=group, help=help, choices=choices,
-                                                least=least, below=below))
+def option(group, default, help, choices=None, least=1, most=1e30):
+    """A field of Config, and how the command line shows and checks it."""
+    return field(default=default, metadata=locals())
 
 @dataclass
 class Config:
@@ -60,43 +50,42 @@ class Config:
     val_data: str = option("data", "", "the same kinds, to validate on")
     samples: int = option("data", 10, "dialogues to read; 0: all, as with a file of yours", least=0)
     max_len: int = option("data", 512, "tokens after which a dialogue is cut", least=2)
-    show_data: int = option("data", 0, "dialogues to print, targets marked, and stop", least=0)
-    embeddings: str = option("model", "learned", "learned; gpt2: GPT-2's, frozen; auto: gpt2 where "
-                             "it can be had; or a .safetensors file with wte.weight")
+    embeddings: str = option("model", "learned", "or gpt2 (frozen), auto (gpt2 if online), a file")
     embed_dim: int = option("model", 256, "E of learned embeddings; GPT-2's have 768")
     num_layers: int = option("model", 1, "hidden layers of each of the two blocks")
     context_dim: int = option("model", 128, "C, numbers in the state")
     hidden_dim: int = option("model", 256, "H, units of a hidden layer")
     token_input_all_layers: bool = option("model", False, "feed the token to all hidden layers")
-    dropout: float = option("model", 0.0, "share of the token block's units that Phase 2 drops",
-                            least=0, below=1)
     solver: str = option("model", "auto", "of the states", ("auto", "parallel", "sequential"))
+    joint: bool = option("model", False, "Phase 2 trains the context block too")
+    seed: int = option("model", 42, "of everything random", least=0, most=2 ** 31)
     iterations: int = option("Phase 1", 40, "passes over the data; 0: contexts untrained", least=0)
     epochs: int = option("Phase 2", 40, "passes over the data")
     learning_rate: float = option("Phase 2", 4e-3, "AdamW's peak learning rate", least=1e-9)
     batch_tokens: int = option("Phase 2", 64, "tokens per optimizer step, in whole dialogues")
-    joint: bool = option("Phase 2", False, "train the context block too, through the recurrence")
-    patience: int = option("Phase 2", 0, "epochs without gain on held-out dialogues until it stops;"
-                           " 0: learn all by heart, hold nothing out", least=0)
+    dropout: float = option("Phase 2", 0.0, "of the token block's units", least=0, most=1)
+    patience: int = option("Phase 2", 0, "passes without gain until it stops, the best of which is "
+                           "kept, judged by held-out dialogues; 0: all by heart", least=0)
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = option("machine", "auto", "outside the recurrence",
-                        ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("machine", "auto", "of the token block", ("auto", "float32", "bfloat16"))
     cache_gb: float = option("machine", 4.0, "GB for states, or they are computed again", least=0)
-    seed: int = option("machine", 42, "of everything random", least=0, below=2 ** 31)
     out: str = option("machine", "checkpoints", "folder of the checkpoints")
     cache: str = option("machine", "cache", "folder of downloads and Phase 1's results")
     resume: bool = option("machine", False, "go on from the last checkpoint in --out")
     tensorboard: str = option("machine", "", "folder for TensorBoard's logs")
+    show_data: int = option("machine", 0, "only print so many dialogues, targets marked", least=0)
 
     def __post_init__(self):
         for f in fields(self):
-            value, least, below = getattr(self, f.name), f.metadata["least"], f.metadata["below"]
-            if f.type in (int, float) and not least <= value < below:
-                raise UserError(f"{flag_of(f.name)} {value}: give at least {least:g}"
-                                + (f", below {below:g}" if below < math.inf else ""))
-        if not Path(self.data).name:
-            raise UserError(f"--data {self.data!r}: give a file, or a dataset's name")
+            value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
+            if f.type in (int, float) and not least <= value <= most:
+                raise UserError(f"{flag(f.name)} {value}: give {least:g} to {most:g}")
         self.by_heart = self.patience == 0  # learn these dialogues, or learn from them for others?
+
+    def of(self, *groups: str) -> dict:
+        """The settings of some groups."""
+        return {k: v for k, v in asdict(self).items()
+                if self.__dataclass_fields__[k].metadata["group"] in groups}
 
 PRESETS = {  # what it is for, and what it changes
     "small": ("ten dialogues by heart, in seconds (this is the default)", {}),
@@ -106,47 +95,37 @@ PRESETS = {  # what it is for, and what it changes
     "large": ("1,000 dialogues of UltraChat, to answer new questions", dict(
         data="ultrachat", samples=1000, max_len=1024, embeddings="auto", num_layers=4,
         context_dim=512, hidden_dim=1024, dropout=0.3, iterations=16, epochs=4, patience=2,
-        learning_rate=2e-3, batch_tokens=2048)),
-}
-PHASE_1_READS = ("embeddings", "embed_dim", "num_layers", "context_dim", "hidden_dim", "joint",
-                 "token_input_all_layers", "solver", "iterations", "cache_gb", "seed")
-MAY_CHANGE = ("out", "resume", "device", "cache", "tensorboard", "show_data")  # with --resume
+        learning_rate=2e-3, batch_tokens=2048))}
 
-def parse(argv: list[str]) -> tuple[Config, dict]:
-    """The command line as a Config, and those of its values that were typed."""
-    parser = argparse.ArgumentParser(
-        "newllm.py", allow_abbrev=False, description=__doc__.splitlines()[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="examples:\n"
-        "  python newllm.py --small                       ten dialogues by heart, in seconds\n"
-        "  python newllm.py --medium --data mine.jsonl    all of your own by heart\n"
-        "  python newllm.py --large --samples 5000        UltraChat, for new questions")
-
+def parse(argv: list[str]) -> Config:
+    """The command line as a Config."""
+    parser = argparse.ArgumentParser("newllm.py", None, __doc__.partition("\nThe letters")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     def fail(message):
         raise UserError(f"{message} (python newllm.py --help lists the options)")
     parser.error = fail
-    groups = {"start": parser.add_argument_group("start here").add_mutually_exclusive_group()}
+    presets = parser.add_argument_group("start here").add_mutually_exclusive_group()
     for name, (about, _) in PRESETS.items():
-        groups["start"].add_argument(f"--{name}", dest="preset", action="store_const", const=name,
-                                     help=about, default="small")
-    for f in fields(Config):
-        name, choices = f.metadata["group"], f.metadata["choices"]
-        groups[name] = groups.get(name) or parser.add_argument_group(name)
-        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
-            type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper()))
-        groups[name].add_argument(flag_of(f.name), default=argparse.SUPPRESS, **kind, help=(
-            f"{f.metadata['help']} (small: {'none' if f.default == '' else f.default})"))
-    given = vars(parser.parse_args(argv))
-    asked = PRESETS[given.pop("preset")][1] | given
-    if "data" in given and is_file(given["data"]):
-        asked["samples"] = given.get("samples", 0)
-    return Config(**asked), given
+        presets.add_argument(f"--{name}", dest="preset", action="store_const", const=name,
+                             help=about, default="small")
+    for title, members in itertools.groupby(fields(Config), lambda f: f.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for f in members:
+            kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                    dict(type=f.type, choices=f.metadata["choices"]))
+            about = f"{f.metadata['help']} (small: {f.default if f.default != '' else 'none'})"
+            group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **kind)
+    typed = vars(parser.parse_args(argv))
+    changes = PRESETS[typed.pop("preset")][1] | typed
+    if is_file(typed.get("data", "hub")):
+        changes["samples"] = typed.get("samples", 0)
+    return Config(**changes)
 
 # ------------------------------------------------------------------------------------------------
 # 2. Data: dialogues in; token ids, and a mask of the assistant's words, out
 
 UNK, IM_START, IM_END = 0, 1, 2  # a word that the training text lacks; ChatML's begin and end
-if Path("data/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").exists():  # the name tiktoken looks for
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path("data").resolve()))
 
 class Dialogue(NamedTuple):
     ids: Tensor   # (T,) int64
@@ -160,11 +139,10 @@ class Tokenizer:
 
     def __init__(self, vocab: Optional[Tensor] = None):
         import tiktoken
-        try:
+        if Path("data/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").exists():  # its name for r50k_base
+            os.environ.setdefault("TIKTOKEN_CACHE_DIR", "data")
+        with explained("tiktoken cannot load r50k_base", "go online once, or start where data/ is"):
             self.pairs = tiktoken.get_encoding("r50k_base")
-        except Exception as e:  # whatever the network or the cache folder does
-            raise UserError(f"tiktoken cannot load r50k_base ({cause(e)}); go online once, or "
-                            f"start in the folder that has newllm.py's data/") from None
         self.vocab = torch.arange(-3, 50256) if vocab is None else vocab.cpu()
         self.id_of = {pair: i for i, pair in enumerate(self.vocab.tolist()) if pair >= 0}
 
@@ -197,112 +175,99 @@ def is_file(name: str) -> bool:
     """A local file, existing or meant; anything else is a name on the Hugging Face hub."""
     return Path(name).suffix in (".jsonl", ".json", ".txt") or Path(name).exists()
 
-def read_messages(path: Path) -> Iterator[str | list[tuple[str, str]]]:
-    """Dialogues of a .jsonl file or .json array in UltraChat's form, as (role, text) pairs; of a
-    .txt file the whole text. Raises UserError, which names the line."""
-    number = 1
-    try:
-        text = path.read_text("utf-8-sig")
-        array = text.lstrip().startswith("[")
-        items = [text] if path.suffix == ".txt" else json.loads(text) if array else text.split("\n")
-        for number, item in enumerate(items, 1):
-            if path.suffix == ".txt":
-                yield item
-            elif array or item.strip():
-                record = item if array else json.loads(item)
-                messages = [(m["role"], m["content"]) for m in record["messages"]]
-                roles = {role for role, text in messages if text.strip()}
-                if not {"assistant"} <= roles <= {"system", "user", "assistant"}:
-                    raise UserError(f"{path} line {number}: roles {sorted(roles)}; an assistant is "
-                                    f"needed, and none but system, user and assistant")
-                yield messages
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}); name an existing file") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); give a text file") from None
-    except json.JSONDecodeError as e:
-        line = e.lineno if array else number
-        raise UserError(f"{path} line {line} is not JSON: {e.msg}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} line {number}: no messages, each a role and a content") from None
-
 def download(name: str, split: str, samples: int, cache: str) -> Path:
     """The first dialogues of a dataset on the hub, streamed into a .jsonl file in the cache."""
     path = Path(cache) / f"{name.replace('/', '--')}-{split}-{samples or 'all'}.jsonl"
     if not path.exists():
-        try:
+        with explained(f"cannot read dataset {name}, split {split}", "offline, use the shipped "
+                       "dialogues: --data data/chats.jsonl"):
             HfApi().dataset_info(name, timeout=5)  # datasets alone would try for half a minute
             import datasets
             records = datasets.load_dataset(name, split=split, streaming=True)
-            lines = [json.dumps(dict(messages=record["messages"])) + "\n" for record in tqdm(
-                itertools.islice(records, samples or None), f"downloading {name}", disable=None)]
-        except Exception as e:  # whatever the network does
-            raise UserError(f"cannot read dataset {name}, split {split} ({cause(e)}); offline, use "
-                            f"the shipped dialogues: --data data/chats.jsonl") from None
-        write(path, lambda file: file.write("".join(lines).encode()))
+            records = tqdm(itertools.islice(records, samples or None), name, disable=None)
+            lines = [json.dumps(dict(messages=record["messages"])) + "\n" for record in records]
+        save(path, "".join(lines).encode())
     return path
+
+def messages_in(text: str, path: Path) -> Iterator[list[tuple[str, str]]]:
+    """Dialogues of JSON lines, or of a JSON array, in UltraChat's form, as (role, text) pairs."""
+    with explained(f"{path} is not JSON", "give one array, or an object per line"):
+        items = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
+    for number, item in enumerate(items, 1):
+        if item == "" or isinstance(item, str) and item.isspace():
+            continue
+        with explained(f"{path} line {number} is not JSON with messages", "each needs a content "
+                       "and a role: system, user or assistant, of which there has to be one"):
+            record = json.loads(item) if isinstance(item, str) else item
+            messages = [(m["role"], m["content"]) for m in record["messages"]]
+            roles = {role for role, said in messages if said.strip()}
+            if not {"assistant"} <= roles <= {"system", "user", "assistant"}:
+                raise ValueError(f"roles {sorted(roles)}")
+        yield messages
 
 def read(name: str, config: Config, tokenizer: Tokenizer, training: bool) -> list[Dialogue]:
     """All dialogues of a file or a dataset; of a .txt file pieces, every token a target."""
-    samples, path = (config.samples or None) if training else None, Path(name)
+    most, path = config.samples or None if training else None, Path(name)
     if not is_file(name):
         hub = dict(ultrachat="HuggingFaceH4/ultrachat_200k").get(name, name)
         split = ("train" if training else "test") + "_sft" * (name == "ultrachat")
-        path = download(hub, split, samples if training else 100, config.cache)
-    if path.suffix not in (".jsonl", ".json", ".txt"):
-        raise UserError(f"{path}: unknown kind of file; give a .jsonl or a .txt file")
-    items = itertools.islice(read_messages(path), samples)
+        path = download(hub, split, config.samples if training else 100, config.cache)
+    with explained(f"cannot read {path}", "give a .jsonl, .json or .txt file in UTF-8"):
+        text = path.read_text("utf-8-sig")
     if path.suffix != ".txt":
-        return [tokenizer.dialogue(messages) for messages in items]
-    ids = torch.tensor(tokenizer.encode(next(items)), dtype=torch.long)
+        return [tokenizer.dialogue(m) for m in itertools.islice(messages_in(text, path), most)]
+    ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
     size = config.max_len if config.by_heart else min(config.max_len, -(-len(ids) // 10))
-    return [Dialogue(p, p >= 0) for p in ids.split(max(2, size))][:samples]
+    return [Dialogue(piece, piece >= 0) for piece in ids.split(max(2, size))][:most]
 
 def load(config: Config) -> tuple[list[Dialogue], list[Dialogue], Tensor]:
     """Dialogues to train on, others to validate on (none by heart), and the vocabulary (V,).
 
     The vocabulary is the training text's. Raises UserError where a source is broken or too small.
     """
-    tokenizer = Tokenizer()
-    train, val = read(config.data, config, tokenizer, True), []
+    tokenizer, val, most = Tokenizer(), [], config.max_len
+    train = read(config.data, config, tokenizer, True)
     if config.val_data or config.data == "ultrachat" and not config.by_heart:
         val = read(config.val_data or config.data, config, tokenizer, False)
-    elif not config.by_heart:  # every tenth dialogue, the last tenth of a plain text
-        n, text = len(train), config.data.endswith(".txt")
-        held = range(n)[-max(1, n // 10):] if text else range(n)[min(9, n - 1)::10]
-        val, train = [train[i] for i in held], [d for i, d in enumerate(train) if i not in held]
-    seen = {tuple(d.ids.tolist()) for d in train}
-    val = [d for d in val if tuple(d.ids.tolist()) not in seen]
-    n, cut = len(train + val), sum(len(d.ids) > config.max_len for d in train + val)
-    train, val = ([d for d in (Dialogue(ids[:config.max_len], mask[:config.max_len])
-                               for ids, mask in part) if d.mask[1:].any()] for part in (train, val))
-    used = torch.cat([torch.arange(3), *(d.ids for d in train)]).unique()
-    number = torch.zeros(len(tokenizer.vocab), dtype=torch.long)  # what the text lacks is UNK, 0
-    number[used] = torch.arange(len(used))
-    train = [Dialogue(number[d.ids], d.mask) for d in train]
-    known = [Dialogue(number[d.ids], d.mask & (number[d.ids] != UNK)) for d in val]
-    known = [d for d in known if d.mask[1:].any()]
+    elif not config.by_heart:  # the last tenth of a plain text, or every tenth dialogue
+        tenth = train[-max(1, len(train) // 10):]
+        val = tenth if config.data.endswith(".txt") else train[9::10] or tenth
+    held_out = {tuple(d.ids.tolist()) for d in val}
+    train = [d for d in train if tuple(d.ids.tolist()) not in held_out]
+    n, cut = len(train + val), sum(len(d.ids) > most for d in train + val)
+    train, val = ([Dialogue(ids[:most], mask[:most]) for ids, mask in part if mask[1:most].any()]
+                  for part in (train, val))
+    used, train, known = renumbered(train, val)
     if not train or not known and (config.val_data or not config.by_heart):
         raise UserError(f"{config.data}: {len(train)} dialogues to train on and {len(known)} others"
                         f" to validate on are too few; see --val-data and --max-len")
-    say(f"data: {len(train)} dialogues, {tokens_in(train):,} tokens, {targets_in(train):,} of them "
-        f"targets; V = {len(used):,}; {cut} cut at {config.max_len} tokens, "
-        f"{n - len(train) - len(val)} without an answer left out")
-    say(f"held out: {len(val)} dialogues; {1 - targets_in(known) / targets_in(val):.1%} of their "
-        f"targets do not occur in the training text and are not counted" if val else
-        "all learned by heart: nothing is held out, the figures are those of these dialogues")
+    tokens, targets = count(train)
+    say(f"data: {len(train)} dialogues, {tokens:,} tokens, {targets:,} of them targets; V = "
+        f"{len(used):,}; {cut} cut at {most} tokens, {n - len(train + val)} without an answer left "
+        f"out\n" + (f"held out: {len(val)} dialogues; {1 - count(known)[1] / count(val)[1]:.1%} of "
+        f"their targets do not occur in the training text and are not counted" if val else
+        "all learned by heart: nothing is held out, the figures are those of these dialogues"))
     return train, known, tokenizer.vocab[used]
 
-def tokens_in(dialogues: list[Dialogue]) -> int:
-    return sum(len(d.ids) for d in dialogues)
+def renumbered(train: list[Dialogue], *others: list[Dialogue]) -> tuple[Tensor, list[Dialogue], ...]:
+    """The tokens that `train` uses, and all dialogues in these numbers. What `train` lacks
+    becomes UNK, which is no target; dialogues without a target are left out."""
+    used = torch.cat([torch.arange(3), *(d.ids for d in train)]).unique()
+    number = torch.zeros(50259, dtype=torch.long)
+    number[used] = torch.arange(len(used))
+    new = ([Dialogue(number[ids], mask & (number[ids] != UNK)) for ids, mask in part]
+           for part in (train, *others))
+    return used, *([d for d in part if d.mask[1:].any()] for part in new)
 
-def targets_in(dialogues: list[Dialogue]) -> int:
-    return sum(int(d.mask[1:].sum()) for d in dialogues)
+def count(dialogues: list[Dialogue]) -> tuple[int, int]:
+    """Tokens and targets."""
+    return sum(len(d.ids) for d in dialogues), sum(int(d.mask[1:].sum()) for d in dialogues)
 
 # ------------------------------------------------------------------------------------------------
 # 3. The contexts: one cell, walked token by token or solved for all tokens at once
 
 TOLERANCE, MAX_SWEEPS = 5e-5, 30  # of solve(): largest change in units of a state's size; give up
+FEW, SHORT = 4, 32  # on a CPU the loop wins for more dialogues side by side, or for fewer tokens
 
 class Cell(nn.Module):
     """One step of the recurrence: (u_t, s_{t-1}) -> s_t."""
@@ -337,14 +302,17 @@ class Cell(nn.Module):
         return torch.addcmul((1 - f) * i * d, f, s), f
 
 def walk(cell: Cell, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Token by token: u (B, T, ·), s (B, C) -> states (B, T, C); the product of forget
-    gates (B, C), which solve() needs."""
+    """Token by token: u (B, T, ·), s (B, C) -> states (B, T, C), all forget gates' product."""
     states, kept = [], torch.ones_like(s)
     for u_t in u.unbind(1):
         s, f = cell(u_t, s)
         states.append(s)
         kept = kept * f
     return torch.stack(states, 1), kept
+
+def context(s: Tensor) -> Tensor:
+    """c = LayerNorm(s): what is read of states (..., C); zero mean and unit variance."""
+    return F.layer_norm(s, s.shape[-1:])
 
 def scan(f: Tensor, b: Tensor) -> Tensor:
     """y_t = f_t * y_{t-1} + b_t, y_0 = 0, for all t of (B, T, C) in log2(T) steps.
@@ -358,19 +326,13 @@ def scan(f: Tensor, b: Tensor) -> Tensor:
         k *= 2
     return b
 
-def context(s: Tensor) -> Tensor:
-    """c = LayerNorm(s): what is read of states (..., C); zero mean and unit variance."""
-    return F.layer_norm(s, s.shape[-1:])
-
-def chunked(x: Tensor, L: int) -> Tensor:
-    """(B, T, D) -> (B * n, L, D): n chunks of L tokens, the last filled up with zeros."""
+def chunked(x: Tensor) -> Tensor:
+    """(B, T, D) -> (B * n, L, D): n chunks, the last filled up with zeros. Their length L is about
+    sqrt(T) / 2 on a CPU, and short on a GPU, where every step is a launch."""
     B, T, D = x.shape
+    L = 16 if x.is_cuda else 2 ** max(4, math.ceil(math.log2(T) / 2) - 1)
     n = -(-T // L)
     return F.pad(x, (0, 0, 0, n * L - T)).reshape(B * n, L, D)
-
-def chunk_length(T: int, device: torch.device) -> int:
-    """Tokens per chunk: about sqrt(T) / 2 on a CPU; few on a GPU, where every step is a launch."""
-    return 16 if device.type == "cuda" else 2 ** max(4, math.ceil(math.log2(T) / 2) - 1)
 
 def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None
           ) -> tuple[Tensor, Tensor, int]:
@@ -383,15 +345,13 @@ def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None
     of its forget gates is the cheap diagonal part (Lim et al., DEER, ICLR 2024). That changes how
     many sweeps it takes, not where it ends, which is the walk.
 
-    u (B, T, ·), s0 (B, C), guess (B, T, C), as of the last iteration -> states (B, T, C), the
-    chunks' starts (B, n, C), and the number of sweeps: 0 if it gave up and walked.
+    u (B, T, ·), s0 (B, C), guess (B, T, C), as of the last pass -> states (B, T, C), the chunks'
+    starts (B, n, C), and the number of sweeps: 0 if it gave up and walked.
     """
-    (B, T, _), C, L = u.shape, s0.shape[1], chunk_length(u.shape[1], u.device)
-    chunks = chunked(u, L)
-    n = len(chunks) // B
-    starts = s0.new_zeros(B, n, C)
-    if guess is not None:
-        starts[:, 1:] = guess[:, L - 1:(n - 1) * L:L]
+    (B, T, _), C, chunks = u.shape, s0.shape[1], chunked(u)
+    n, L = len(chunks) // B, chunks.shape[1]
+    starts, last = s0.new_zeros(B, n, C), slice(L - 1, (n - 1) * L, L)  # before the next chunk
+    starts[:, 1:] = 0 if guess is None else guess[:, last]
     starts[:, 0] = s0
     for sweep in range(1, MAX_SWEEPS + 1):
         states, kept = walk(cell, chunks, starts.view(B * n, C))
@@ -402,7 +362,7 @@ def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None
         if n == 1 or (change / size).abs().max() <= TOLERANCE:
             return states.view(B, n * L, C)[:, :T], starts, sweep
     states = walk(cell, u, s0)[0]
-    starts[:, 1:] = states[:, L - 1:(n - 1) * L:L]
+    starts[:, 1:] = states[:, last]
     return states, starts, 0
 
 class ParallelStates(torch.autograd.Function):
@@ -426,23 +386,27 @@ class ParallelStates(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         u, starts = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        (B, n, C), L = starts.shape, chunk_length(u.shape[1], u.device)
+        (B, n, C), parameters = starts.shape, ctx.cell.recurrent()
         with torch.enable_grad():
-            states, kept = walk(ctx.cell, chunked(u, L), starts.view(B * n, C))
-        grad, kept = chunked(grad, L), kept.detach().view(B, n, C)
-        inside = torch.autograd.grad(states, starts, grad, retain_graph=True)[0]
-        m, ends = inside, torch.zeros_like(grad)
-        for _ in range(MAX_SWEEPS if n > 1 else 0):
+            states, kept = walk(ctx.cell, chunked(u), starts.view(B * n, C))
+        outside, kept = chunked(grad), kept.detach().view(B, n, C)
+        inside = torch.autograd.grad(states, starts, outside, retain_graph=True)[0]
+        m, ends = inside, torch.zeros_like(outside)
+        for _ in range(MAX_SWEEPS):
             later = F.pad(m[:, 1:], (0, 0, 0, 1))  # m_{j+1}, which arrives at the end of chunk j
             ends[:, -1] = later.reshape(B * n, C)
             through = torch.autograd.grad(states, starts, ends, retain_graph=True)[0]
             new = scan(kept.flip(1), (inside + through - kept * later).flip(1)).flip(1)
             change, m = (new - m).norm(), new
             if change <= 1e-3 * m.norm():
-                break
-        ends[:, -1] = F.pad(m[:, 1:], (0, 0, 0, 1)).reshape(B * n, C)
-        gradients = torch.autograd.grad(states, (u, *ctx.cell.recurrent()), grad + ends)
-        return None, gradients[0], m[:, 0], None, *gradients[1:]
+                ends[:, -1] = F.pad(m[:, 1:], (0, 0, 0, 1)).reshape(B * n, C)
+                found = torch.autograd.grad(states, (u, *parameters), outside + ends)
+                return None, found[0], m[:, 0], None, *found[1:]
+        with torch.enable_grad():  # it does not settle: backpropagation through time
+            s0 = starts[:, 0].detach().requires_grad_()
+            states = walk(ctx.cell, u, s0)[0]
+        found = torch.autograd.grad(states, (u, s0, *parameters), grad)
+        return None, *found[:2], None, *found[2:]
 
 # ------------------------------------------------------------------------------------------------
 # 4. The model: the context block, the token block, the output head; how it writes
@@ -483,19 +447,18 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         """x: ids (...) -> (..., E), normalised; of an unknown word only zeros are read."""
         return F.layer_norm(self.embed(ids), self.embed.weight.shape[1:]) * (ids != UNK)[..., None]
 
-    def states(self, ids: Tensor, state: Optional[Tensor] = None, guess: Optional[Tensor] = None
-               ) -> Tensor:
+    def states(self, ids: Tensor, state: Optional[Tensor] = None, guess: Optional[Tensor] = None,
+               solver: Optional[str] = None) -> Tensor:
         """Context block: ids (B, T), state or None for zeros -> states (B, T, C), float32.
 
-        guess (B, T, C): as in solve(). solver="auto": on a CPU the loop wins once some dialogues
-        are walked side by side (python test_newllm.py shows it); on a GPU each step is a launch.
+        guess (B, T, C): as in solve(). solver: the config's; auto takes what is faster.
         """
         with torch.autocast(ids.device.type, enabled=False):
             u = self.cell.token_in(self.read(ids))
             s = u.new_zeros(len(u), self.config.context_dim) if state is None else state.float()
-            wanted = dict(parallel=True, sequential=False, auto=u.is_cuda or len(u) <= 4)
+            wanted = dict(parallel=True, sequential=False, auto=u.is_cuda or len(u) <= FEW)
             self.sweeps = 0
-            if not wanted[self.config.solver] or u.shape[1] <= 32:
+            if not wanted[solver or self.config.solver] or ids.shape[1] <= SHORT:
                 return walk(self.cell, u, s)[0]
             states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess,
                                                        *self.cell.recurrent())
@@ -505,10 +468,9 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def query(self, ids: Tensor, states: Tensor) -> Tensor:
         """Token block, q = FNN([x, c]): ids (...), states (..., C) -> (..., E) of length 1."""
-        x, c = self.read(ids), context(states)
-        a = torch.cat((x, c), dim=-1)
+        x, a = self.read(ids), context(states)
         for k, layer in enumerate(self.hidden):
-            a = torch.cat((a, x), dim=-1) if k and self.again else a
+            a = torch.cat((x, a), dim=-1) if k == 0 or self.again else a
             a = self.dropout(F.silu(layer(a)))
         return F.normalize(self.out(a).float(), dim=-1)
 
@@ -534,44 +496,35 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                  **sampling) -> Tensor:
         """ids (B, T) -> (B, T + new), arguments as in Hugging Face's generate(); sampling as in
         choose(), state as in forward(). Rows that have ended are filled up with eos_token_id."""
-        ids, unread, ended = input_ids, input_ids, input_ids.new_zeros(len(input_ids), dtype=bool)
-        for _ in range(max_new_tokens):
-            states = self.states(unread, state)
-            state = states[:, -1]
+        ids, unread, eos = input_ids, input_ids, -1 if eos_token_id is None else eos_token_id
+        ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
+        while ids.shape[1] < input_ids.shape[1] + max_new_tokens and not ended.all():
+            state = self.states(unread, state)[:, -1]
             token = choose(self.logits(unread[:, -1], state), ids, **sampling)
-            if eos_token_id is not None:
-                token = torch.where(ended, eos_token_id, token)
-                ended = ended | (token == eos_token_id)
-            unread = token[:, None]
-            ids = torch.cat((ids, unread), 1)
-            if ended.all():
-                break
+            unread = token.masked_fill(ended, eos)[:, None]
+            ids, ended = torch.cat((ids, unread), 1), unread[:, 0] == eos
         return ids
 
 def choose(scores: Tensor, seen: Tensor, do_sample: bool = False, temperature: float = 1.0,
            top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0) -> Tensor:
     """The next token (B,) by logits (B, V) after the tokens seen (B, T); greedy by default."""
-    said = torch.zeros_like(scores, dtype=torch.bool).scatter(1, seen, True)
-    said[:, IM_END] = False  # answers could not end if it were punished
-    factor = torch.where(scores < 0, repetition_penalty, 1 / repetition_penalty)
-    scores = torch.where(said, scores * factor, scores)
+    said, end = scores.gather(1, seen), scores[:, IM_END]
+    said = torch.where(said < 0, said * repetition_penalty, said / repetition_penalty)
+    scores = scores.scatter(1, seen, said)
+    scores[:, IM_END] = end  # answers could not end if it were punished
     scores[:, [UNK, IM_START]] = -math.inf  # nobody says these
     if not do_sample:
         return scores.argmax(-1)
-    scores = scores / max(temperature, 1e-5)
-    if top_k:
-        kth = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]
-        scores = scores.masked_fill(scores < kth, -math.inf)
-    if top_p < 1:  # the fewest tokens whose probabilities add up to top_p (Holtzman et al. 2020)
-        ordered, index = scores.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        scores = scores.scatter(1, index, ordered.masked_fill(before >= top_p, -math.inf))
-    return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+    scores, token = (scores / max(temperature, 1e-5)).sort(descending=True)
+    scores[:, top_k or scores.shape[1]:] = -math.inf
+    p = scores.softmax(-1)  # next: the fewest tokens that add up to top_p (Holtzman et al. 2020)
+    p = torch.where(p.cumsum(-1) - p < top_p, p, 0)
+    return token.gather(1, torch.multinomial(p, 1))[:, 0]
 
 def answer(model: NewLLM, text: str, max_new_tokens: int = 200, **sampling) -> str:
     """The model's answer to one message."""
     tokenizer = Tokenizer(model.vocab)
-    question = torch.tensor([tokenizer.question(text)], device=model.vocab.device)
+    question = model.vocab.new_tensor([tokenizer.question(text)])
     ids = model.eval().generate(question, max_new_tokens, IM_END, **sampling)
     return tokenizer.decode([i for i in ids[0, question.shape[1]:].tolist() if i != IM_END]).strip()
 
@@ -580,133 +533,152 @@ def answer(model: NewLLM, text: str, max_new_tokens: int = 200, **sampling) -> s
 
 TABLES = ("embed.weight", "head.weight")  # whose learning rate is another
 WARMUP, GAIN = 10, 1e-3  # steps in which the learning rate rises; what counts as a gain, in nats
+PART = 8192  # tokens that are computed at a time; on a GPU it is measured how many fit
 
 class Phase:
     """What both phases share. They differ in what learns, how fast, and by which loss().
 
-    loss() returns a loss to minimise and four sums, of which the second counts what was asked;
-    figures() makes means of them, and `loss` among these is what is to fall.
-
-    All that is random in a step follows from its number: to go on from a checkpoint, of which each
-    epoch leaves one, gives to the last digit what an uninterrupted run of one process gives.
+    loss() of a part of a batch returns what is to be minimised; sums, of which the first counts
+    words, and the others, divided by it, are the figures that `names` names; and the part's states.
+    All that is random in a step follows from its number: going on from a checkpoint gives to the
+    last digit what an uninterrupted run of one process gives.
     """
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue], learns: tuple):
         self.model, self.train, self.val, self.config = model, train, val, model.config
-        self.device, self.states = model.vocab.device, None
-        self.groups = [dict(params=[p], share=self.table_rate if n in TABLES else 1.0)
-                       for n, p in model.named_parameters()
-                       if n.startswith(learns) and p.requires_grad]
-        self.dtype = getattr(torch, self.config.dtype, torch.float32)
-        if self.config.dtype == "auto" and self.device.type == "cuda":
-            recent = torch.cuda.get_device_capability(self.device)[0] >= 8
-            self.dtype = torch.bfloat16 if recent else torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.parts = 0  # in which a step's batch is computed; 0: not known yet
+        self.device, self.states = model.vocab.device, {}  # (B, T, C) of a part, when last computed
+        self.optimizer = torch.optim.AdamW([
+            dict(params=[p], lr=self.rate * (self.table_rate if name in TABLES else 1))
+            for name, p in model.named_parameters()
+            if name.startswith(learns) and p.requires_grad], fused=True)
+        self.batches = batches_of(train, self.batch_tokens)
+        steps = self.epochs * len(self.batches)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(
+            1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2)
+        cuda, dtype = self.device.type == "cuda", self.config.dtype
+        self.parts = 0 if cuda else -(-self.batch_tokens // PART)  # of a step; 0: not measured yet
+        self.bf16 = dtype == "bfloat16" or dtype == "auto" and cuda and (
+            torch.cuda.get_device_capability(self.device) >= (8, 0))
 
-    def fit(self, resumed: Optional[dict] = None):
-        """Train until the epochs are over, or `patience` of them have gained nothing."""
-        optimizer = torch.optim.AdamW(self.groups, self.rate, fused=True)
-        epoch, best, waited = resumed["progress"] if resumed else (0, math.inf, 0)
-        if resumed:
-            optimizer.load_state_dict(resumed["optimizer"])
-            self.scaler.load_state_dict(resumed["scaler"])
-        batches, seed = batches_of(self.train, self.batch_tokens), self.config.seed
-        out, writer = Path(self.config.out), None
+    def fit(self, key: str = ""):
+        """Train until the epochs are over, or `patience` of them have gained nothing.
+
+        A checkpoint in --out is gone on from: in Phase 1 if it has the same settings and key, which
+        stands for the data; in Phase 2 with --resume, and a UserError says what is not the same.
+        """
+        best, last = (Path(self.config.out, f"{self.name}-{kind}.pt") for kind in ("best", "last"))
+        epoch, lowest, waited = self.resume(last, key) if last.exists() else (0, math.inf, 0)
+        start, first, seed, writer = time.perf_counter(), epoch, self.config.seed, None
         if self.config.tensorboard and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(self.config.tensorboard)
-        start, first = time.perf_counter(), epoch
         while epoch < self.epochs and not 0 < self.patience <= waited:
-            order, sums = random.Random(seed + epoch).sample(batches, len(batches)), 0.0
-            for step, batch in enumerate(tqdm(order, self.name, disable=None, leave=False),
-                                         epoch * len(batches)):
-                fall = math.cos(math.pi * step / (self.epochs * len(batches))) / 2 + 0.5
-                for group in optimizer.param_groups:
-                    group["lr"] = group["share"] * self.rate * fall * min(1, (step + 1) / WARMUP)
-                sums += self.step(optimizer, batch, seed + step)
-            figures = self.figures(sums)
+            order = random.Random(seed + epoch).sample(self.batches, len(self.batches))
+            sums = sum(self.step(b) for b in tqdm(order, self.name, disable=None, leave=False))
+            figures = self.means(sums)
             if self.val:
-                figures |= {f"held-out {k}": v for k, v in self.evaluate(self.val).items()}
+                figures |= {f"held-out {k}": v for k, v in self.evaluate(self.val).items()
+                            if k in ("loss", "right", "perplexity")}
             goal = figures.get("held-out loss", figures["loss"])
-            gained = goal < best - GAIN
-            epoch, waited = epoch + 1, 0 if gained else waited + 1
-            best = goal if gained else best
+            gained = goal < lowest - GAIN
+            epoch, lowest, waited = epoch + 1, min(lowest, goal), 0 if gained else waited + 1
             left = (time.perf_counter() - start) / (epoch - first) * (self.epochs - epoch)
             say(f"{epoch:5d} of {self.epochs} | " + " | ".join(
                 f"{k} {v:.4g}" for k, v in figures.items()) + f" | {left:.0f} s left")
             for k, v in figures.items() if writer else ():
                 writer.add_scalar(f"{self.name}/{k}", v, epoch)
-            checkpoint = dict(config=asdict(self.config), model=self.model.state_dict(),
-                              phase=self.name, progress=(epoch, best, waited), figures=figures,
-                              optimizer=optimizer.state_dict(), scaler=self.scaler.state_dict())
-            if gained:
-                save(out / f"{self.name}-best.pt", checkpoint)
-            states = self.states if self.name == "phase1" else None  # Phase 2's are made anew
-            save(out / f"{self.name}-last.pt", checkpoint | dict(states=states))
-        if WORLD > 1:
-            dist.barrier()
+            checkpoint = dict(config=asdict(self.config), key=key, model=self.model.state_dict(),
+                              phase=self.name, progress=(epoch, lowest, waited), figures=figures)
+            if gained and RANK == 0:
+                save(best, checkpoint)
+            if RANK == 0:  # Phase 2's states are made anew
+                states = self.states if self.name == "phase1" else {}
+                save(last, checkpoint | dict(states=states, optimizer=self.optimizer.state_dict(),
+                                             schedule=self.schedule.state_dict()))
+        global_sum(torch.zeros(1, device=self.device))  # all wait until the best is written
         if self.keep_best:
-            self.model.load_state_dict(read_checkpoint(out / f"{self.name}-best.pt")["model"])
+            self.model.load_state_dict(torch.load(best, self.device, weights_only=True)["model"])
 
-    def step(self, optimizer, batch: list[int], seed: int) -> Tensor:
+    def resume(self, last: Path, key: str) -> tuple[int, float, int]:
+        """Take over all that the last checkpoint holds, if it is of this run. Its progress."""
+        old, settings = read_checkpoint(last)[1], self.config.of(*self.groups)
+        other = [f"{flag(k)} {old['config'][k]}, not {v}" for k, v in settings.items()
+                 if old["config"][k] != v] + ["other data or another cell"] * (old["key"] != key)
+        if other and self.config.resume:
+            raise UserError(f"--resume: {last} was trained with {other[0]}; change that, or train "
+                            f"anew in another --out")
+        if other or not (self.config.resume or self.name == "phase1"):
+            return 0, math.inf, 0
+        self.model.load_state_dict(old["model"])
+        self.optimizer.load_state_dict(old["optimizer"])
+        self.schedule.load_state_dict(old["schedule"])
+        self.states = old["states"]
+        say(f"  going on after pass {old['progress'][0]}, found in {last}")
+        return old["progress"]
+
+    def step(self, batch: list[int]) -> Tensor:
         """One optimizer step on a batch of dialogues; the sums that the loss returns.
 
         Each of several processes computes its share, in parts that fit into its memory, and the
         gradients are summed. On a GPU the first step is taken in up to eight parts, and what memory
-        they took says how few will do; elsewhere a part has about 8,192 tokens.
+        they took says how few will do. More parts follow where memory runs out all the same.
         """
-        mine, free = batch[RANK::WORLD], free_memory(self.device)[1]
-        measured = self.device.type != "cuda" or self.parts
-        parts = self.parts or (-(-self.batch_tokens // 8192) if measured else min(8, len(mine)))
-        while True:
+        mine, (_, free), sums = batch[RANK::WORLD], free_memory(self.device), None
+        while sums is None:
+            n = min(self.parts or 8, max(1, len(mine)))
             try:
-                optimizer.zero_grad()
-                sums = torch.zeros(4, device=self.device)
-                for part in filter(None, (mine[k::parts] for k in range(parts))):
-                    torch.manual_seed(seed)  # parts and processes draw the same negatives
-                    with torch.autocast(self.device.type, self.dtype,
-                                        enabled=self.dtype != torch.float32):
-                        loss, found = self.loss(self.train, part)
-                    self.scaler.scale(loss).backward()
-                    sums += found
-                break
+                sums = self.gradients([mine[k::n] for k in range(min(n, len(mine)))])
             except torch.OutOfMemoryError:
-                if parts >= len(mine):
+                if n >= len(mine):
                     raise UserError("not even one dialogue fits into the device's memory; lower "
                                     "--hidden-dim or --max-len, or use --device cpu") from None
-                parts, measured, loss = 2 * parts, True, None
-                say(f"memory: too little; a step is now computed in {parts} parts")
-        if not measured:
-            needed = parts * (free - free_memory(self.device)[0])
-            parts = max(1, math.ceil(needed / (0.8 * free)))
-            say(f"memory: a step takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: it is "
-                f"computed in {parts} part(s)")
-        self.parts, sums = parts, global_sum(sums)
-        if not sums[0].isfinite():
-            raise UserError(f"the loss is {sums[0]:.1f}; train anew with a lower --learning-rate; "
+                self.parts = 2 * n
+                say(f"memory: too little; a step is now computed in {2 * n} parts")
+        if not self.parts:
+            taken = n * (free - free_memory(self.device)[0])
+            self.parts = max(1, math.ceil(taken / (0.8 * free)))
+            say(f"memory: a step takes {taken / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: it is "
+                f"computed in {self.parts} part(s)")
+        if not global_sum(sums).isfinite().all():
+            raise UserError(f"the loss is {sums[1]:.1f}; train anew with a lower --learning-rate; "
                             f"the last good checkpoint is in {self.config.out}")
-        parameters = [group["params"][0] for group in optimizer.param_groups]
+        parameters = [group["params"][0] for group in self.optimizer.param_groups]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            global_sum(p.grad).div_(sums[1].clamp(min=1))
-        self.scaler.unscale_(optimizer)
+            global_sum(p.grad).div_(sums[0].clamp(min=1))
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        self.optimizer.step()
+        self.schedule.step()
         return sums.cpu()
+
+    def gradients(self, parts: list[list[int]]) -> Tensor:
+        """Add up the gradients of all parts. Returns their sums, and keeps their states."""
+        self.optimizer.zero_grad()
+        sums, states = torch.zeros(len(self.names) + 1, device=self.device), {}
+        for part in parts:
+            torch.manual_seed(self.config.seed + self.schedule.last_epoch)  # as all processes do
+            with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
+                loss, found, states[tuple(part)] = self.loss(self.train, part)
+            loss.backward()
+            sums += found
+        if sum(s.nbytes for s in self.states.values()) < self.config.cache_gb * 1e9:
+            self.states |= states
+        return sums
 
     @torch.no_grad()
     def evaluate(self, dialogues: list[Dialogue]) -> dict[str, float]:
         """The figures of dialogues that are not trained on."""
         torch.manual_seed(self.config.seed)
-        sums = torch.zeros(4, device=self.device)
-        for part in batches_of(dialogues, 8192)[RANK::WORLD]:
+        sums = torch.zeros(len(self.names) + 1, device=self.device)
+        for part in batches_of(dialogues, PART)[RANK::WORLD]:
             sums += self.loss(dialogues, part)[1]
-        return self.figures(global_sum(sums).cpu())
+        return self.means(global_sum(sums).cpu())
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        return dict(zip(self.names, (sums[1:] / sums[0]).tolist()))
 
 def batches_of(dialogues: list[Dialogue], tokens: int) -> list[list[int]]:
-    """Indices of dialogues of like length, at most `tokens` together with padding, or one."""
+    """Numbers of dialogues of like length, at most `tokens` together with padding, or one."""
     batches = []
     for i in sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids)):
         if not batches or (len(batches[-1]) + 1) * len(dialogues[i].ids) > tokens:
@@ -714,27 +686,9 @@ def batches_of(dialogues: list[Dialogue], tokens: int) -> list[list[int]]:
         batches[-1].append(i)
     return batches
 
-def pad(tensors: list[Tensor], device) -> Tensor:
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
-
-def collate(dialogues: list[Dialogue], indices: list[int], device) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (B, T) int64, targets (B, T) bool and real (B, T) bool, which is False on padding."""
-    ids, mask = zip(*(dialogues[i] for i in indices))
-    return pad(ids, device), pad(mask, device), pad([torch.ones_like(m) for m in mask], device)
-
-@torch.no_grad()
-def all_states(model: NewLLM, dialogues: list[Dialogue], holes: float = 0) -> list[Tensor]:
-    """The states (T, C) of each dialogue, on the CPU."""
-    states = [None] * len(dialogues)
-    for batch in tqdm(batches_of(dialogues, 8192), "contexts", disable=None, leave=False):
-        ids = with_holes(collate(dialogues, batch, model.vocab.device)[0], holes)
-        for i, s in zip(batch, model.states(ids).cpu()):
-            states[i] = s[:len(dialogues[i].ids)].clone()
-    return states
-
-def with_holes(ids: Tensor, share: float) -> Tensor:
-    """ids (B, T) with a share of them hidden: as <unk>, of which nothing is read."""
-    return ids.masked_fill(torch.rand(ids.shape, device=ids.device) < share, UNK)
+def pad(tensors: Iterator[Tensor], device: torch.device) -> Tensor:
+    """Tensors (T,) as one (B, T), filled up with zeros: UNK, and no target."""
+    return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True).to(device)
 
 # ------------------------------------------------------------------------------------------------
 # 6. Phase 1: learn the contexts of all tokens at once, without a softmax over the vocabulary
@@ -744,86 +698,63 @@ NEGATIVES, DIVERSITY, CONVERGED = 1023, 0.9, 0.01  # wrong words; w; mean square
 class Phase1(Phase):
     """Contexts that settle and differ: loss = (1 - w) CVFP + w diversity, w being DIVERSITY.
 
-    CVFP, context vector fixed point, is the mean squared change of a context since the last
-    iteration. Diversity is asked for by InfoNCE (van den Oord et al. 2018): tell the next word from
-    NEGATIVES others, by the token block's own score. That is alignment and uniformity (Wang & Isola
-    2020), and uniformity is diversity, spent on what tells words apart.
+    CVFP, context vector fixed point, is the mean squared change of a context since the last pass.
+    Diversity is asked for by InfoNCE (van den Oord et al. 2018): tell the next word from NEGATIVES
+    others, by the token block's own score. That is alignment and uniformity (Wang & Isola 2020),
+    and uniformity is diversity, spent on what tells words apart.
     """
-    name, rate, table_rate, patience, keep_best = "phase1", 2e-3, 1.0, 2, True
+    name, names, groups = "phase1", ("loss", "change", "converged"), ("model", "Phase 1")
+    rate, table_rate, patience, keep_best = 2e-3, 1.0, 2, True
 
-    def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue],
-                 states: Optional[list[Tensor]] = None):
+    def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
+        self.epochs, tokens = model.config.iterations, count(train)[0]
+        self.batch_tokens = max(1, min(4096, tokens // 16))  # little text: small steps
         super().__init__(model, train, val, ("cell", "hidden", "out", "embed"))
-        self.epochs, self.states, start = self.config.iterations, states, time.perf_counter()
-        self.batch_tokens = max(1, min(4096, tokens_in(train) // 16))  # little text: small steps
         self.often = torch.bincount(torch.cat([d.ids for d in train])).double().sqrt()
-        if not states and fits(train, self.config):  # iteration 0, token by token
-            model.config = replace(self.config, solver="sequential")
-            self.states, model.config = all_states(model, train), self.config
-        say(f"\nPhase 1: {tokens_in(train):,} tokens walked one by one in "
-            f"{time.perf_counter() - start:.1f} s, now at most {self.epochs} passes in parallel\n"
+        say(f"\nPhase 1: contexts of {tokens:,} tokens at once, in at most {self.epochs} passes\n"
             f"  loss: nats it takes to tell the next word from {NEGATIVES:,} others; 0 is best\n"
-            f"  change: of contexts since the last pass; converged: mean square below {CONVERGED}\n"
-            f"  rank: share of its dimensions that the contexts use; sweeps: of the solver")
+            f"  change: of contexts since the last pass; converged: mean square below {CONVERGED}")
 
-    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor]:
-        """Of some dialogues: loss; sums of contrast, tokens, changes and converged contexts."""
+    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some dialogues: loss; sums of words, contrast, change, converged; states."""
         self.model.eval()  # no dropout
-        negatives = torch.multinomial(self.often, NEGATIVES, True).to(self.device)
-        ids, _, real = collate(dialogues, part, self.device)
-        known = self.states is not None and dialogues is self.train
-        before = pad([self.states[i] for i in part], self.device) if known else None
-        states, asked = self.model.states(ids, guess=before), (real & (ids != UNK))[:, 1:]
+        ids = pad((dialogues[i].ids for i in part), self.device)
+        before = self.states.get(tuple(part)) if dialogues is self.train else None
+        states, asked = self.model.states(ids, guess=before), ids[:, 1:] != UNK
         q, y = self.model.query(ids[:, :-1][asked], states[:, :-1][asked]), ids[:, 1:][asked]
+        negatives = torch.multinomial(self.often, NEGATIVES, True).to(self.device)
         table = F.normalize(self.model.embed.weight, dim=-1)
         right = (q * table[y]).sum(-1, keepdim=True)
         wrong = (q @ table[negatives].T).masked_fill(y[:, None] == negatives, -math.inf)
         scores = self.model.scale.detach() * torch.cat((right, wrong), 1)
         contrast = F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
-        change = states.new_zeros(1)
-        if known:
-            change = (context(states) - context(before))[:, 1:][real[:, 1:]].pow(2).mean(-1)
-            for i, s in zip(part, states.detach().cpu()):
-                self.states[i] = s[:len(dialogues[i].ids)].clone()
-        sums = (contrast, asked.sum(), change.sum(), (change < CONVERGED).sum())
+        old = torch.zeros_like(states) if before is None else context(before.to(self.device))
+        change = (context(states) - old)[:, 1:][asked].pow(2).mean(-1)  # 1 in the first pass
+        sums = (asked.sum(), contrast, change.sum(), (change < CONVERGED).sum())
         return ((1 - DIVERSITY) * change.sum() + DIVERSITY * contrast,
-                torch.stack(sums).detach().float())
-
-    def figures(self, sums: Tensor) -> dict[str, float]:
-        contrast, change, converged = (sums / sums[1])[[0, 2, 3]].tolist()
-        if not torch.is_grad_enabled() or self.states is None:
-            return dict(loss=contrast)
-        return dict(loss=contrast, change=change, converged=converged, sweeps=self.model.sweeps,
-                    rank=effective_rank(torch.cat(self.states[:256])))
+                torch.stack(sums).detach(), states.detach().cpu())
 
     @torch.no_grad()
     def report(self):
         """Say whether Phase 2's contexts are those of a chat, and warn of two ways to fail."""
-        longest, walked = sorted(self.train, key=lambda d: len(d.ids))[-4:], []
-        for d in longest:  # as a chat reads: one after the other
-            u = self.model.cell.token_in(self.model.read(d.ids[None].to(self.device)))
-            walked.append(walk(self.model.cell, u, u.new_zeros(1, self.config.context_dim))[0][0])
-        walked = torch.cat(walked).cpu()
-        c, w = context(torch.cat(all_states(self.model, longest))), context(walked)
-        same = F.cosine_similarity(walked[1:], walked[:-1]).mean().item()
-        alike = F.normalize(c, dim=-1).mean(0).pow(2).sum().item()
+        ids = max((d.ids for d in self.train), key=len)[None].to(self.device)
+        walked, states = (self.model.states(ids, solver=solver)[0]
+                          for solver in ("sequential", "parallel"))
+        w, c = context(walked), context(states)
+        same = F.cosine_similarity(walked[1:], walked[:-1]).mean()
+        alike = F.normalize(c, dim=-1).mean(0).pow(2).sum()
         say(f"contexts are {(c - w).pow(2).mean():.0e} from the token loop's, mean square (2 is "
-            f"unrelated); cosine of two {alike:.2f}, of a state and the next {same:.2f}")
+            f"unrelated), found in {self.model.sweeps} sweeps; they use {effective_rank(c):.0%} of "
+            f"their dimensions\ncosine of two {alike:.2f}, of a state and the next {same:.2f}")
         if same > 0.99:
             say("warning: identity mapping, the state hardly changes; give more --samples")
         if alike > 0.95:
             say("warning: global attractor, all contexts are alike; raise --context-dim")
 
-def fits(dialogues: list[Dialogue], config: Config) -> bool:
-    """Whether the states of all tokens may be kept in memory, 4 bytes a number."""
-    return tokens_in(dialogues) * config.context_dim * 4 <= config.cache_gb * 1e9
-
-def effective_rank(states: Tensor) -> float:
-    """exp(entropy of normalised singular values) / C of states (N, C) (Roy & Vetterli 2007)."""
-    c = context(states[::max(1, len(states) // 4096)])
-    p = torch.linalg.svdvals(c - c.mean(0))
-    p = (p / p.sum()).clamp(min=1e-12)
-    return torch.exp(-(p * p.log()).sum()).item() / c.shape[1]
+def effective_rank(c: Tensor) -> float:
+    """exp(entropy of normalised singular values) / C of (N, C) (Roy & Vetterli 2007)."""
+    p = F.normalize(torch.linalg.svdvals(c - c.mean(0)), p=1, dim=0)
+    return torch.special.entr(p).sum().exp().item() / c.shape[1]
 
 # ------------------------------------------------------------------------------------------------
 # 7. Phase 2: learn to predict the assistant's words
@@ -837,41 +768,40 @@ class Phase2(Phase):
     Contexts that know the text by heart would teach the token block to trust them more than it can
     in a chat. Validation is without holes, as a chat is.
     """
-    name, table_rate = "phase2", 0.2  # the table overfits first
+    name, names, groups = "phase2", ("loss", "right"), ("model", "Phase 1", "Phase 2")
+    table_rate = 0.2  # the table overfits first
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
-        config = model.config
-        super().__init__(model, train, val, ("hidden", "out", "scale", "head")
-                         + ("embed", "cell") * config.joint)
+        config, joint = model.config, model.config.joint
         self.epochs, self.rate, self.patience = config.epochs, config.learning_rate, config.patience
         self.batch_tokens, self.keep_best = config.batch_tokens, not config.by_heart
-        self.holes = 0 if config.by_heart else HOLES
-        if fits(train, config) and not config.joint:
-            torch.manual_seed(config.seed)
-            self.states = all_states(model, train, self.holes)
-        how = ("context and token block learn together" if config.joint else "contexts are frozen"
-               + ("" if self.states else " and computed again for each batch"))
-        say(f"\nPhase 2: {targets_in(train):,} words to predict; {how}\n"
-            f"  loss: nats per word; perplexity: e^loss; right: share of words it would have said")
+        super().__init__(model, train, val,
+                         ("hidden", "out", "scale", "head") + ("embed", "cell") * joint)
+        torch.manual_seed(config.seed)
+        share = 0 if config.by_heart else HOLES
+        self.shown = [d.ids.masked_fill(torch.rand(len(d.ids)) < share, UNK) for d in train]
+        say(f"\nPhase 2: {count(train)[1]:,} words to predict; "
+            f"{'context and token block learn together' if joint else 'contexts are frozen'}\n"
+            f"  loss: nats per word; right: share that it would have said; perplexity: e^loss")
 
-    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor]:
-        """Of some dialogues: loss; sums of it, of words, of words that were right."""
-        training = dialogues is self.train
+    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some dialogues: loss; sums of words, of loss, of words that were right; states."""
+        training, joint = dialogues is self.train, self.config.joint
         self.model.train(training)
-        ids, mask, _ = collate(dialogues, part, self.device)
-        if training and self.states:
-            states = pad([self.states[i] for i in part], self.device)
-        else:
-            with torch.set_grad_enabled(self.config.joint and training):
-                states = self.model.states(with_holes(ids, self.holes) if training else ids)
-        at = mask[:, 1:]
+        ids, mask = (pad(x, self.device) for x in zip(*(dialogues[i] for i in part)))
+        states = self.states.get(tuple(part)) if training and not joint else None
+        if states is None:
+            shown = pad((self.shown[i] for i in part), self.device) if training else ids
+            with torch.set_grad_enabled(training and joint):
+                states = self.model.states(shown)
+        states, at = states.to(self.device), mask[:, 1:]
         z, y = self.model.logits(ids[:, :-1][at], states[:, :-1][at]), ids[:, 1:][at]
         loss, right = F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
-        return loss, torch.stack([loss, at.sum(), right, right * 0]).detach()
+        return loss, torch.stack([at.sum(), loss, right]).detach(), states.detach().cpu()
 
-    def figures(self, sums: Tensor) -> dict[str, float]:
-        loss, right = (sums / sums[1])[[0, 2]].tolist()
-        return dict(loss=loss, perplexity=math.exp(min(loss, 99)), right=right)
+    def means(self, sums: Tensor) -> dict[str, float]:
+        found = super().means(sums)
+        return found | dict(perplexity=math.exp(min(found["loss"], 99)))
 
 # ------------------------------------------------------------------------------------------------
 # 8. Helpers that a first reading may skip: processes, files, devices; and main()
@@ -889,58 +819,45 @@ def say(text: str):
     if RANK == 0:
         print(text, flush=True)
 
-def in_notebook() -> bool:
-    return hasattr(builtins, "__IPYTHON__")
-
-def flag_of(name: str) -> str:
+def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
-def cause(error: Exception) -> str:
-    """The first line of an error, short enough for ours."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:150]
+@contextlib.contextmanager
+def explained(what: str, way_out: str):
+    """Whatever goes wrong in here becomes a UserError: what cannot be done, cause and way out."""
+    try:
+        yield
+    except Exception as e:  # networks, damaged files and full disks raise anything
+        cause = f"{type(e).__name__}: {str(e).strip()}".splitlines()[0][:150]
+        raise UserError(f"{what} ({cause}); {way_out}") from None
 
-def write(path: Path, fill) -> Path:
-    """Make a file by fill(open file), whole or not at all. Raises UserError if it cannot be."""
+def save(path: Path, content: bytes | dict):
+    """Write bytes or a checkpoint, whole or not at all. Raises UserError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with explained(f"cannot write {path}", "free space, or name another folder: --out or --cache"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            fill(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError where a disk is full
-        if path.parent.is_dir():
+        try:
+            if isinstance(content, bytes):
+                temporary.write_bytes(content)
+            else:
+                torch.save(content, temporary)
+            os.replace(temporary, path)
+        finally:
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({cause(e)}); free some space, or name another "
-                        f"folder with --out or --cache") from None
-    return path
 
-def save(path: Path, checkpoint: dict):
-    if RANK == 0:
-        write(path, lambda file: torch.save(checkpoint, file))
-
-def read_checkpoint(path: Path) -> dict:
-    """What save() wrote; no code in it is run. UserError if it is damaged or of another kind."""
-    try:
+def read_checkpoint(path: Path) -> tuple[NewLLM, dict]:
+    """The model that save() wrote, and all the rest; no code in it is run. Raises UserError."""
+    with explained(f"cannot use {path}", "if it is damaged or too old, name another folder"):
         checkpoint = torch.load(path, "cpu", weights_only=True)
-        model_of(checkpoint)
-        return checkpoint
-    except Exception as e:  # damaged bytes raise anything
-        raise UserError(f"{path} is missing, damaged or of another version of New-LLM ({cause(e)})"
-                        f"; name another folder") from None
-
-def model_of(checkpoint: dict) -> NewLLM:
-    model = NewLLM(Config(**checkpoint["config"]), len(checkpoint["model"]["vocab"]))
-    model.load_state_dict(checkpoint["model"])
-    return model
+        model = NewLLM(Config(**checkpoint["config"]), len(checkpoint["model"]["vocab"]))
+        model.load_state_dict(checkpoint["model"])
+    return model, checkpoint
 
 def pick_device(name: str) -> torch.device:
     """cuda > mps > cpu, or what the user says. Raises UserError for a device that is not there."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    found = [kind for kind in there if there[kind]]
-    if name != "auto" and not re.fullmatch(rf"({'|'.join(found)})(:\d+)?", name):
-        raise UserError(f"--device {name} is not there; this machine has {', '.join(found)}")
-    kind = found[0] if name == "auto" else name
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    with explained(f"--device {name} is not there", f"this machine has {found}"):
+        return torch.zeros(1, device=found if name == "auto" else name).device
 
 def free_memory(device: torch.device) -> tuple[int, int]:
     """Bytes of a GPU that were free at the peak since the last call, and that are free now."""
@@ -952,128 +869,103 @@ def free_memory(device: torch.device) -> tuple[int, int]:
     return free - peak, free - used
 
 def gpt2_table(name: str, cache: str) -> Tensor:
-    """GPT-2's embeddings (50257, 768): wte.weight of a .safetensors file, or of the hub's, of which
-    only these 154 of 548 MB are read, once. Raises UserError."""
-    from safetensors.torch import load_file, save as to_bytes
-    path = Path(cache) / "gpt2-wte.safetensors" if name in ("auto", "gpt2") else Path(name)
-    if name in ("auto", "gpt2") and not path.exists():
-        try:
+    """GPT-2's embeddings (50257, 768), of a .safetensors file with wte.weight, or of the hub's, of
+    which only these 154 of 548 MB are read, once. Raises UserError."""
+    from safetensors.torch import load_file, save as in_bytes
+    hub, path = name in ("auto", "gpt2"), Path(name)
+    if hub:
+        path = Path(cache, "gpt2-wte.safetensors")
+    with explained(f"--embeddings {name} cannot be had", "go online once, name GPT-2's table as a "
+                   ".safetensors file, or give learned"):
+        if hub and not path.exists():
             HfApi().model_info("openai-community/gpt2", timeout=5)  # fails at once without network
-            hub, file = HfFileSystem(), "openai-community/gpt2/model.safetensors"
-            say("embeddings: downloading GPT-2's, 154 MB")
-            size = int.from_bytes(hub.cat_file(file, 0, 8), "little")
-            header = json.loads(hub.cat_file(file, 8, 8 + size))["wte.weight"]
-            begin, end = (8 + size + offset for offset in header["data_offsets"])
-            data = bytearray(hub.cat_file(file, begin, end))
-        except Exception as e:  # whatever the network does
-            raise UserError(f"GPT-2's embeddings cannot be downloaded ({cause(e)})") from None
-        table = torch.frombuffer(data, dtype=torch.float32).view(header["shape"])
-        write(path, lambda file: file.write(to_bytes({"wte.weight": table})))
-    try:
-        tensors = {k.removeprefix("transformer."): t for k, t in load_file(path).items()}
-    except Exception as e:  # a damaged file raises anything
-        raise UserError(f"--embeddings {path}: {cause(e)}; give auto, gpt2, learned or a "
-                        f".safetensors file") from None
-    shape = tuple(tensors["wte.weight"].shape) if "wte.weight" in tensors else "missing"
-    if shape != (50257, 768):
-        raise UserError(f"--embeddings {path}: wte.weight is {shape}, GPT-2's is (50257, 768)")
-    return tensors["wte.weight"].float()
+            with HfFileSystem().open("openai-community/gpt2/model.safetensors") as file:
+                size = int.from_bytes(file.read(8), "little")
+                begin, end = json.loads(file.read(size))["wte.weight"]["data_offsets"]
+                file.seek(8 + size + begin)
+                table = torch.frombuffer(bytearray(file.read(end - begin)), dtype=torch.float32)
+            save(path, in_bytes({"wte.weight": table.view(50257, 768)}))
+        found = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+        if found["wte.weight"].shape != (50257, 768):
+            raise ValueError(f"wte.weight is {tuple(found['wte.weight'].shape)}, not (50257, 768)")
+    return found["wte.weight"].float()
 
 def make_model(config: Config, vocab: Tensor) -> NewLLM:
     """A fresh model with the embeddings that --embeddings asks for, or UserError."""
     table = None
-    try:
-        if config.embeddings != "learned":
+    if config.embeddings != "learned":
+        try:
             table = gpt2_table(config.embeddings, config.cache)
             config = replace(config, embed_dim=table.shape[1])
-    except UserError as e:
-        if config.embeddings != "auto":
-            raise
-        say(f"embeddings: {e}; learned instead")
-        config = replace(config, embeddings="learned")
+        except UserError as e:
+            if config.embeddings != "auto":
+                raise
+            say(f"embeddings: {e}; learned instead")
+            config = replace(config, embeddings="learned")
     torch.manual_seed(config.seed)
     model = NewLLM(config, len(vocab))
     model.vocab.copy_(vocab)
     if table is not None:
-        nn.init.normal_(model.embed.weight, std=table.std().item())  # for <unk> and ChatML's two
+        model.embed.weight.data.normal_(std=table.std().item())  # for <unk> and ChatML's two
         model.embed.weight.data[3:] = table[vocab[3:]]
     return model
 
 def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
     """Print dialogues as the model sees them, targets in green, or in [brackets] in a file."""
-    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() or in_notebook() else ("[", "]")
+    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "[]"
     for number, d in enumerate(dialogues, 1):
-        print(f"--- dialogue {number}: {len(d.ids)} tokens, {targets_in([d])} of them targets")
-        for target, part in itertools.groupby(range(len(d.ids)), key=lambda i: bool(d.mask[i])):
-            text = tokenizer.decode(d.ids[list(part)].tolist())
+        print(f"--- dialogue {number}: {len(d.ids)} tokens, {count([d])[1]} of them targets")
+        for target, part in itertools.groupby(zip(*map(Tensor.tolist, d)), lambda pair: pair[1]):
+            text = tokenizer.decode([i for i, _ in part])
             print(on + text + off if target else text, end="")
 
-def train_model(config: Config, resumed: Optional[dict]) -> Optional[NewLLM]:
+def train_model(config: Config) -> Optional[NewLLM]:
     """Both phases. Returns the model to chat with."""
+    device = pick_device(config.device)
+    if RANK > 0:
+        global_sum(torch.zeros(1, device=device))  # wait until the first has downloaded everything
     train, val, vocab = load(config)
     if config.show_data:
         return show_data(train[:config.show_data], Tokenizer(vocab))
     for folder in (config.out, config.cache):  # better to learn it now than after an hour
-        write(Path(folder) / ".writable", lambda file: None).unlink(missing_ok=True)
-    device = pick_device(config.device)
-    model = (model_of(resumed) if resumed else make_model(config, vocab)).to(device)
-    if not torch.equal(model.vocab.cpu(), vocab):
-        raise UserError(f"--resume: {config.data} is not what it was; train anew in another --out")
-    model.config = config = replace(config, embeddings=model.config.embeddings,
-                                    embed_dim=model.config.embed_dim)
-    count = {name: p.numel() for name, p in model.named_parameters()}
-    tables = sum(n for name, n in count.items() if name in TABLES)
-    say(f"model: {sum(count.values()) - tables:,} parameters, {tables:,} of embeddings, {device}")
-    if not resumed or resumed["phase"] == "phase1":
-        with torch.no_grad():  # the probe is for those who edit the cell
-            reads = [getattr(config, name) for name in PHASE_1_READS]
-            probe = model.states(train[0].ids[None].to(device)).mean().item()
-        texts = [vocab.tolist(), *(d.ids.tolist() for d in train + val)]
-        key = json.dumps([reads, NEGATIVES, DIVERSITY, texts, probe])
-        done = Path(config.cache) / f"phase1-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-        if done.exists() and not resumed:
-            model.load_state_dict(read_checkpoint(done)["model"])
-            say(f"\nPhase 1: done before with the same data and settings, found in {done}")
-        elif config.iterations:
-            phase = Phase1(model, train, val, resumed and resumed["states"])
-            phase.fit(resumed)
-            phase.report()
-            save(done, dict(config=asdict(config), model=model.state_dict()))
-        model.head.weight.data.copy_(model.embed.weight)
-        resumed = None
-    Phase2(model, train, val).fit(resumed)
-    return model.eval()
-
-def earlier_run(config: Config, typed: dict) -> tuple[Config, dict]:
-    """For --resume: the config of the last checkpoint, with what may change changed, and itself."""
-    found = sorted(Path(config.out).glob("phase?-last.pt"), key=lambda p: p.stat().st_mtime)
-    if not found:
+        probe = Path(folder, ".writable")
+        save(probe, b"")
+        probe.unlink(missing_ok=True)
+    model = make_model(config, vocab).to(device)
+    if RANK == 0:
+        global_sum(torch.zeros(1, device=device))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    tables = sum(sizes.get(name, 0) for name in TABLES)
+    say(f"model: {sum(sizes.values()) - tables:,} parameters, {tables:,} of embeddings, {device}")
+    with torch.no_grad():  # the probe is for those who edit the cell
+        probe = model.states(train[0].ids[None].to(device)).mean().item()
+    texts = [vocab.tolist(), *(d.ids.tolist() for d in train + val), probe]
+    key = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    if config.resume and not any(Path(config.out).glob("phase?-last.pt")):
         raise UserError(f"--resume: no checkpoint in {config.out}; train first, or name its --out")
-    checkpoint = read_checkpoint(found[-1])
-    old = Config(**checkpoint["config"])
-    for name in typed.keys() - set(MAY_CHANGE):
-        if typed[name] != getattr(old, name) and (name, typed[name]) != ("embeddings", "auto"):
-            raise UserError(f"--resume: {found[-1]} was trained with {flag_of(name)} "
-                            f"{getattr(old, name)}, not {typed[name]}; leave that out, or train "
-                            f"anew in another --out")
-    return replace(old, **{k: v for k, v in typed.items() if k in MAY_CHANGE}), checkpoint
+    if config.iterations:
+        phase = Phase1(model, train, val)
+        phase.fit(key)
+        phase.report()
+    model.head.weight.data.copy_(model.embed.weight)
+    Phase2(model, train, val).fit(key)
+    return model.eval()
 
 def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
     """Train as the options say, which in a notebook are not the kernel's own. Returns the model."""
-    start = time.perf_counter()
+    start, notebook = time.perf_counter(), hasattr(builtins, "__IPYTHON__")
     torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
     try:
-        config, typed = parse(argv if argv is not None else [] if in_notebook() else sys.argv[1:])
-        config, resumed = earlier_run(config, typed) if config.resume else (config, None)
-        if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-            device = pick_device(config.device)
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        config = parse(argv if argv is not None else [] if notebook else sys.argv[1:])
+        if WORLD > 1 and not dist.is_initialized():  # started by torchrun
+            gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
+            if gpus:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+            dist.init_process_group("nccl" if gpus >= WORLD else "gloo")
         if config.data == Config.data and not Path(config.data).exists():
             config = replace(config, data="ultrachat")
             say(f"data: no {Config.data} here, as when pasted into a notebook; UltraChat instead")
-        model = train_model(config, resumed)
+        model = train_model(config)
         if model and RANK == 0:
             where = "" if config.out == Config.out else f" --checkpoint {config.out}"
             print(f"\ndone in {time.perf_counter() - start:.0f} s, checkpoints in {config.out}/\n\n"
@@ -1081,13 +973,13 @@ def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
                   f"chat with it: python chat.py{where}")
         return model
     except (UserError, ModuleNotFoundError) as e:
-        if in_notebook():
+        if notebook:
             raise
         hint = f"; pip install {e.name}" if isinstance(e, ImportError) else ""
         print(f"newllm.py: {e}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; passes that were finished are saved: go on with --resume")
+        sys.exit("\ninterrupted; finished passes are saved: repeat the command with --resume")
 
 if __name__ == "__main__":
     main()
