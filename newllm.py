@@ -33,8 +33,7 @@ from huggingface_hub import HfApi, HfFileSystem, PyTorchModelHubMixin
 from torch import Tensor
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------
-# 1. Configuration: the command line is made from these fields, context_dim becomes --context-dim
+# --- 1. Configuration: the command line is made from these fields, val_data becomes --val-data ----
 
 class UserError(ValueError):
     """Something the user can mend: printed as one line, exit code 2, no traceback."""
@@ -56,14 +55,14 @@ class Config:
     context_dim: int = option("model", 128, "C, numbers in the state")
     hidden_dim: int = option("model", 256, "H, units of a hidden layer")
     token_input_all_layers: bool = option("model", False, "feed the token to all hidden layers")
+    dropout: float = option("model", 0.0, "of numbers in x, and of units", least=0, most=1)
     solver: str = option("model", "auto", "of the states", ("auto", "parallel", "sequential"))
     joint: bool = option("model", False, "Phase 2 trains the context block too")
     seed: int = option("model", 42, "of everything random", least=0, most=2 ** 31)
     iterations: int = option("Phase 1", 40, "passes over the data; 0: contexts untrained", least=0)
+    learning_rate: float = option("Phase 1", 4e-3, "AdamW's peak, in both phases", least=1e-9)
+    batch_tokens: int = option("Phase 1", 64, "of an optimizer step, in both phases")
     epochs: int = option("Phase 2", 40, "passes over the data")
-    learning_rate: float = option("Phase 2", 4e-3, "AdamW's peak learning rate", least=1e-9)
-    batch_tokens: int = option("Phase 2", 64, "tokens per optimizer step, in whole dialogues")
-    dropout: float = option("Phase 2", 0.0, "of the token block's units", least=0, most=1)
     patience: int = option("Phase 2", 0, "passes without gain until it stops, the best of which is "
                            "kept, judged by held-out dialogues; 0: all by heart", least=0)
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
@@ -122,8 +121,7 @@ def parse(argv: list[str]) -> Config:
         changes["samples"] = typed.get("samples", 0)
     return Config(**changes)
 
-# ------------------------------------------------------------------------------------------------
-# 2. Data: dialogues in; token ids, and a mask of the assistant's words, out
+# --- 2. Data: dialogues in; token ids, and a mask of the assistant's words, out -------------------
 
 UNK, IM_START, IM_END = 0, 1, 2  # a word that the training text lacks; ChatML's begin and end
 
@@ -249,9 +247,9 @@ def load(config: Config) -> tuple[list[Dialogue], list[Dialogue], Tensor]:
         "all learned by heart: nothing is held out, the figures are those of these dialogues"))
     return train, known, tokenizer.vocab[used]
 
-def renumbered(train: list[Dialogue], *others: list[Dialogue]) -> tuple[Tensor, list[Dialogue], ...]:
-    """The tokens that `train` uses, and all dialogues in these numbers. What `train` lacks
-    becomes UNK, which is no target; dialogues without a target are left out."""
+def renumbered(train: list[Dialogue], *others: list[Dialogue]) -> tuple:
+    """The tokens that `train` uses, counted from 0 on, and all dialogues in these numbers. What
+    `train` lacks becomes UNK, which is no target; dialogues without a target are left out."""
     used = torch.cat([torch.arange(3), *(d.ids for d in train)]).unique()
     number = torch.zeros(50259, dtype=torch.long)
     number[used] = torch.arange(len(used))
@@ -263,8 +261,7 @@ def count(dialogues: list[Dialogue]) -> tuple[int, int]:
     """Tokens and targets."""
     return sum(len(d.ids) for d in dialogues), sum(int(d.mask[1:].sum()) for d in dialogues)
 
-# ------------------------------------------------------------------------------------------------
-# 3. The contexts: one cell, walked token by token or solved for all tokens at once
+# --- 3. The contexts: one cell, walked token by token or solved for all tokens at once ------------
 
 TOLERANCE, MAX_SWEEPS = 5e-5, 30  # of solve(): largest change in units of a state's size; give up
 FEW, SHORT = 4, 32  # on a CPU the loop wins for more dialogues side by side, or for fewer tokens
@@ -408,8 +405,7 @@ class ParallelStates(torch.autograd.Function):
         found = torch.autograd.grad(states, (u, s0, *parameters), grad)
         return None, *found[:2], None, *found[2:]
 
-# ------------------------------------------------------------------------------------------------
-# 4. The model: the context block, the token block, the output head; how it writes
+# --- 4. The model: the context block, the token block, the output head; how it writes -------------
 
 class Output(NamedTuple):
     loss: Optional[Tensor]
@@ -454,7 +450,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         guess (B, T, C): as in solve(). solver: the config's; auto takes what is faster.
         """
         with torch.autocast(ids.device.type, enabled=False):
-            u = self.cell.token_in(self.read(ids))
+            u = self.cell.token_in(self.dropout(self.read(ids)))
             s = u.new_zeros(len(u), self.config.context_dim) if state is None else state.float()
             wanted = dict(parallel=True, sequential=False, auto=u.is_cuda or len(u) <= FEW)
             self.sweeps = 0
@@ -528,10 +524,9 @@ def answer(model: NewLLM, text: str, max_new_tokens: int = 200, **sampling) -> s
     ids = model.eval().generate(question, max_new_tokens, IM_END, **sampling)
     return tokenizer.decode([i for i in ids[0, question.shape[1]:].tolist() if i != IM_END]).strip()
 
-# ------------------------------------------------------------------------------------------------
-# 5. Training: one loop for both phases
+# --- 5. Training: one loop for both phases --------------------------------------------------------
 
-TABLES = ("embed.weight", "head.weight")  # whose learning rate is another
+TABLES, TABLE_RATE = ("embed.weight", "head.weight"), 0.2  # they learn slower, or they overfit
 WARMUP, GAIN = 10, 1e-3  # steps in which the learning rate rises; what counts as a gain, in nats
 PART = 8192  # tokens that are computed at a time; on a GPU it is measured how many fit
 
@@ -540,7 +535,7 @@ class Phase:
 
     loss() of a part of a batch returns what is to be minimised; sums, of which the first counts
     words, and the others, divided by it, are the figures that `names` names; and the part's states.
-    All that is random in a step follows from its number: going on from a checkpoint gives to the
+    All that is random in a step follows from its number: to go on from a checkpoint gives to the
     last digit what an uninterrupted run of one process gives.
     """
 
@@ -548,15 +543,15 @@ class Phase:
         self.model, self.train, self.val, self.config = model, train, val, model.config
         self.device, self.states = model.vocab.device, {}  # (B, T, C) of a part, when last computed
         self.optimizer = torch.optim.AdamW([
-            dict(params=[p], lr=self.rate * (self.table_rate if name in TABLES else 1))
+            dict(params=[p], lr=self.config.learning_rate * (TABLE_RATE if name in TABLES else 1))
             for name, p in model.named_parameters()
             if name.startswith(learns) and p.requires_grad], fused=True)
-        self.batches = batches_of(train, self.batch_tokens)
+        self.batches = batches_of(train, self.config.batch_tokens)
         steps = self.epochs * len(self.batches)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(
             1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2)
         cuda, dtype = self.device.type == "cuda", self.config.dtype
-        self.parts = 0 if cuda else -(-self.batch_tokens // PART)  # of a step; 0: not measured yet
+        self.parts = 0 if cuda else -(-self.config.batch_tokens // PART)  # 0: to be measured
         self.bf16 = dtype == "bfloat16" or dtype == "auto" and cuda and (
             torch.cuda.get_device_capability(self.device) >= (8, 0))
 
@@ -633,12 +628,11 @@ class Phase:
                     raise UserError("not even one dialogue fits into the device's memory; lower "
                                     "--hidden-dim or --max-len, or use --device cpu") from None
                 self.parts = 2 * n
-                say(f"memory: too little; a step is now computed in {2 * n} parts")
+                say(f"memory: too little; a step is computed in {2 * n} parts")
         if not self.parts:
             taken = n * (free - free_memory(self.device)[0])
             self.parts = max(1, math.ceil(taken / (0.8 * free)))
-            say(f"memory: a step takes {taken / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: it is "
-                f"computed in {self.parts} part(s)")
+            say(f"memory: {taken / 1e9:.2f} GB a step, {free / 1e9:.2f} free: {self.parts} part(s)")
         if not global_sum(sums).isfinite().all():
             raise UserError(f"the loss is {sums[1]:.1f}; train anew with a lower --learning-rate; "
                             f"the last good checkpoint is in {self.config.out}")
@@ -690,8 +684,7 @@ def pad(tensors: Iterator[Tensor], device: torch.device) -> Tensor:
     """Tensors (T,) as one (B, T), filled up with zeros: UNK, and no target."""
     return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True).to(device)
 
-# ------------------------------------------------------------------------------------------------
-# 6. Phase 1: learn the contexts of all tokens at once, without a softmax over the vocabulary
+# --- 6. Phase 1: learn the contexts of all tokens at once, without a softmax over the vocabulary --
 
 NEGATIVES, DIVERSITY, CONVERGED = 1023, 0.9, 0.01  # wrong words; w; mean squared change
 
@@ -704,20 +697,19 @@ class Phase1(Phase):
     and uniformity is diversity, spent on what tells words apart.
     """
     name, names, groups = "phase1", ("loss", "change", "converged"), ("model", "Phase 1")
-    rate, table_rate, patience, keep_best = 2e-3, 1.0, 2, True
+    patience, keep_best = 2, True
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
-        self.epochs, tokens = model.config.iterations, count(train)[0]
-        self.batch_tokens = max(1, min(4096, tokens // 16))  # little text: small steps
+        self.epochs = model.config.iterations
         super().__init__(model, train, val, ("cell", "hidden", "out", "embed"))
         self.often = torch.bincount(torch.cat([d.ids for d in train])).double().sqrt()
-        say(f"\nPhase 1: contexts of {tokens:,} tokens at once, in at most {self.epochs} passes\n"
+        say(f"\nPhase 1: contexts of {count(train)[0]:,} tokens, in at most {self.epochs} passes\n"
             f"  loss: nats it takes to tell the next word from {NEGATIVES:,} others; 0 is best\n"
             f"  change: of contexts since the last pass; converged: mean square below {CONVERGED}")
 
     def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Of some dialogues: loss; sums of words, contrast, change, converged; states."""
-        self.model.eval()  # no dropout
+        self.model.train(dialogues is self.train)
         ids = pad((dialogues[i].ids for i in part), self.device)
         before = self.states.get(tuple(part)) if dialogues is self.train else None
         states, asked = self.model.states(ids, guess=before), ids[:, 1:] != UNK
@@ -756,8 +748,7 @@ def effective_rank(c: Tensor) -> float:
     p = F.normalize(torch.linalg.svdvals(c - c.mean(0)), p=1, dim=0)
     return torch.special.entr(p).sum().exp().item() / c.shape[1]
 
-# ------------------------------------------------------------------------------------------------
-# 7. Phase 2: learn to predict the assistant's words
+# --- 7. Phase 2: learn to predict the assistant's words -------------------------------------------
 
 HOLES = 1 / 3  # share of the words that the context block is not shown
 
@@ -769,12 +760,11 @@ class Phase2(Phase):
     in a chat. Validation is without holes, as a chat is.
     """
     name, names, groups = "phase2", ("loss", "right"), ("model", "Phase 1", "Phase 2")
-    table_rate = 0.2  # the table overfits first
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         config, joint = model.config, model.config.joint
-        self.epochs, self.rate, self.patience = config.epochs, config.learning_rate, config.patience
-        self.batch_tokens, self.keep_best = config.batch_tokens, not config.by_heart
+        self.epochs, self.patience = config.epochs, config.patience
+        self.keep_best = not config.by_heart
         super().__init__(model, train, val,
                          ("hidden", "out", "scale", "head") + ("embed", "cell") * joint)
         torch.manual_seed(config.seed)
@@ -787,13 +777,14 @@ class Phase2(Phase):
     def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Of some dialogues: loss; sums of words, of loss, of words that were right; states."""
         training, joint = dialogues is self.train, self.config.joint
-        self.model.train(training)
+        self.model.train(training and joint)
         ids, mask = (pad(x, self.device) for x in zip(*(dialogues[i] for i in part)))
         states = self.states.get(tuple(part)) if training and not joint else None
         if states is None:
             shown = pad((self.shown[i] for i in part), self.device) if training else ids
             with torch.set_grad_enabled(training and joint):
                 states = self.model.states(shown)
+        self.model.train(training)
         states, at = states.to(self.device), mask[:, 1:]
         z, y = self.model.logits(ids[:, :-1][at], states[:, :-1][at]), ids[:, 1:][at]
         loss, right = F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
@@ -803,8 +794,7 @@ class Phase2(Phase):
         found = super().means(sums)
         return found | dict(perplexity=math.exp(min(found["loss"], 99)))
 
-# ------------------------------------------------------------------------------------------------
-# 8. Helpers that a first reading may skip: processes, files, devices; and main()
+# --- 8. Helpers that a first reading may skip: processes, files, devices; and main() --------------
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
