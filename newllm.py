@@ -69,7 +69,7 @@ class Config:
     dtype: str = option("machine", "auto", "of the token block", ("auto", "float32", "bfloat16"))
     cache_gb: float = option("machine", 4.0, "GB for states, or they are computed again", least=0)
     out: str = option("machine", "checkpoints", "folder of the checkpoints")
-    cache: str = option("machine", "cache", "folder of downloads and Phase 1's results")
+    cache: str = option("machine", "cache", "folder of downloads")
     resume: bool = option("machine", False, "go on from the last checkpoint in --out")
     tensorboard: str = option("machine", "", "folder for TensorBoard's logs")
     show_data: int = option("machine", 0, "only print so many dialogues, targets marked", least=0)
@@ -441,7 +441,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def read(self, ids: Tensor) -> Tensor:
         """x: ids (...) -> (..., E), normalised; of an unknown word only zeros are read."""
-        return F.layer_norm(self.embed(ids), self.embed.weight.shape[1:]) * (ids != UNK)[..., None]
+        x = F.layer_norm(self.embed(ids), self.embed.weight.shape[1:])
+        return self.dropout(x) * (ids != UNK)[..., None]
 
     def states(self, ids: Tensor, state: Optional[Tensor] = None, guess: Optional[Tensor] = None,
                solver: Optional[str] = None) -> Tensor:
@@ -450,7 +451,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         guess (B, T, C): as in solve(). solver: the config's; auto takes what is faster.
         """
         with torch.autocast(ids.device.type, enabled=False):
-            u = self.cell.token_in(self.dropout(self.read(ids)))
+            u = self.cell.token_in(self.read(ids))
             s = u.new_zeros(len(u), self.config.context_dim) if state is None else state.float()
             wanted = dict(parallel=True, sequential=False, auto=u.is_cuda or len(u) <= FEW)
             self.sweeps = 0
@@ -730,7 +731,7 @@ class Phase1(Phase):
     def report(self):
         """Say whether Phase 2's contexts are those of a chat, and warn of two ways to fail."""
         ids = max((d.ids for d in self.train), key=len)[None].to(self.device)
-        walked, states = (self.model.states(ids, solver=solver)[0]
+        walked, states = (self.model.eval().states(ids, solver=solver)[0]
                           for solver in ("sequential", "parallel"))
         w, c = context(walked), context(states)
         same = F.cosine_similarity(walked[1:], walked[:-1]).mean()
@@ -898,7 +899,7 @@ def make_model(config: Config, vocab: Tensor) -> NewLLM:
     if table is not None:
         model.embed.weight.data.normal_(std=table.std().item())  # for <unk> and ChatML's two
         model.embed.weight.data[3:] = table[vocab[3:]]
-    return model
+    return model.eval()
 
 def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
     """Print dialogues as the model sees them, targets in green, or in [brackets] in a file."""
