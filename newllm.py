@@ -93,7 +93,7 @@ PRESETS = {  # what it is for, and what it changes
         hidden_dim=512, iterations=20, learning_rate=3e-3, batch_tokens=512)),
     "large": ("1,000 dialogues of UltraChat, to answer new questions", dict(
         data="ultrachat", samples=1000, max_len=1024, embeddings="auto", num_layers=4,
-        context_dim=512, hidden_dim=1024, dropout=0.3, iterations=16, epochs=4, patience=2,
+        context_dim=512, hidden_dim=1024, dropout=0.3, iterations=16, epochs=6, patience=2,
         learning_rate=2e-3, batch_tokens=2048))}
 
 def parse(argv: list[str]) -> Config:
@@ -441,8 +441,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def read(self, ids: Tensor) -> Tensor:
         """x: ids (...) -> (..., E), normalised; of an unknown word only zeros are read."""
-        x = F.layer_norm(self.embed(ids), self.embed.weight.shape[1:])
-        return self.dropout(x) * (ids != UNK)[..., None]
+        return F.layer_norm(self.embed(ids), self.embed.weight.shape[1:]) * (ids != UNK)[..., None]
 
     def states(self, ids: Tensor, state: Optional[Tensor] = None, guess: Optional[Tensor] = None,
                solver: Optional[str] = None) -> Tensor:
@@ -451,7 +450,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         guess (B, T, C): as in solve(). solver: the config's; auto takes what is faster.
         """
         with torch.autocast(ids.device.type, enabled=False):
-            u = self.cell.token_in(self.read(ids))
+            u = self.cell.token_in(self.dropout(self.read(ids)))
             s = u.new_zeros(len(u), self.config.context_dim) if state is None else state.float()
             wanted = dict(parallel=True, sequential=False, auto=u.is_cuda or len(u) <= FEW)
             self.sweeps = 0
@@ -463,9 +462,9 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                 say(f"solver: {MAX_SWEEPS} sweeps did not reach {TOLERANCE}; walked token by token")
             return states
 
-    def query(self, ids: Tensor, states: Tensor) -> Tensor:
-        """Token block, q = FNN([x, c]): ids (...), states (..., C) -> (..., E) of length 1."""
-        x, a = self.read(ids), context(states)
+    def query(self, x: Tensor, states: Tensor) -> Tensor:
+        """Token block, q = FNN([x, c]): x (..., E), states (..., C) -> (..., E) of length 1."""
+        a = context(states)
         for k, layer in enumerate(self.hidden):
             a = torch.cat((x, a), dim=-1) if k == 0 or self.again else a
             a = self.dropout(F.silu(layer(a)))
@@ -473,7 +472,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 
     def logits(self, ids: Tensor, states: Tensor) -> Tensor:
         """Output head, of word w g cos(q, e_w) + b_w: ids (...), states (..., C) -> (..., V)."""
-        q = self.scale * self.query(ids, states)
+        q = self.scale * self.query(self.dropout(self.read(ids)), states)
         return F.linear(q, F.normalize(self.head.weight, dim=-1), self.head.bias).float()
 
     def forward(self, input_ids: Tensor, labels: Optional[Tensor] = None,
@@ -535,7 +534,7 @@ class Phase:
     """What both phases share. They differ in what learns, how fast, and by which loss().
 
     loss() of a part of a batch returns what is to be minimised; sums, of which the first counts
-    words, and the others, divided by it, are the figures that `names` names; and the part's states.
+    words, and the others, divided by it, are the figures that `names` names; and states to keep.
     All that is random in a step follows from its number: to go on from a checkpoint gives to the
     last digit what an uninterrupted run of one process gives.
     """
@@ -653,9 +652,10 @@ class Phase:
         for part in parts:
             torch.manual_seed(self.config.seed + self.schedule.last_epoch)  # as all processes do
             with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
-                loss, found, states[tuple(part)] = self.loss(self.train, part)
+                loss, found, new = self.loss(self.train, part)
             loss.backward()
             sums += found
+            states |= new
         if sum(s.nbytes for s in self.states.values()) < self.config.cache_gb * 1e9:
             self.states |= states
         return sums
@@ -708,13 +708,14 @@ class Phase1(Phase):
             f"  loss: nats it takes to tell the next word from {NEGATIVES:,} others; 0 is best\n"
             f"  change: of contexts since the last pass; converged: mean square below {CONVERGED}")
 
-    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, dict]:
         """Of some dialogues: loss; sums of words, contrast, change, converged; states."""
         self.model.train(dialogues is self.train)
         ids = pad((dialogues[i].ids for i in part), self.device)
         before = self.states.get(tuple(part)) if dialogues is self.train else None
         states, asked = self.model.states(ids, guess=before), ids[:, 1:] != UNK
-        q, y = self.model.query(ids[:, :-1][asked], states[:, :-1][asked]), ids[:, 1:][asked]
+        x, s, y = self.model.read(ids)[:, :-1][asked], states[:, :-1][asked], ids[:, 1:][asked]
+        q = self.model.query(x, s)  # x whole: where it is dropped, contexts learn to repeat it
         negatives = torch.multinomial(self.often, NEGATIVES, True).to(self.device)
         table = F.normalize(self.model.embed.weight, dim=-1)
         right = (q * table[y]).sum(-1, keepdim=True)
@@ -725,7 +726,7 @@ class Phase1(Phase):
         change = (context(states) - old)[:, 1:][asked].pow(2).mean(-1)  # 1 in the first pass
         sums = (asked.sum(), contrast, change.sum(), (change < CONVERGED).sum())
         return ((1 - DIVERSITY) * change.sum() + DIVERSITY * contrast,
-                torch.stack(sums).detach(), states.detach().cpu())
+                torch.stack(sums).detach(), {tuple(part): states.detach().cpu()})
 
     @torch.no_grad()
     def report(self):
@@ -751,7 +752,7 @@ def effective_rank(c: Tensor) -> float:
 
 # --- 7. Phase 2: learn to predict the assistant's words -------------------------------------------
 
-HOLES = 1 / 3  # share of the words that the context block is not shown
+HOLES = 0.1  # share of the words that the context block is not shown
 
 class Phase2(Phase):
     """Cross entropy of the assistant's words, with the token block that Phase 1 has begun.
@@ -775,21 +776,22 @@ class Phase2(Phase):
             f"{'context and token block learn together' if joint else 'contexts are frozen'}\n"
             f"  loss: nats per word; right: share that it would have said; perplexity: e^loss")
 
-    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, dict]:
         """Of some dialogues: loss; sums of words, of loss, of words that were right; states."""
         training, joint = dialogues is self.train, self.config.joint
         self.model.train(training and joint)
         ids, mask = (pad(x, self.device) for x in zip(*(dialogues[i] for i in part)))
-        states = self.states.get(tuple(part)) if training and not joint else None
+        states, new = self.states.get(tuple(part)) if training else None, {}
         if states is None:
             shown = pad((self.shown[i] for i in part), self.device) if training else ids
             with torch.set_grad_enabled(training and joint):
                 states = self.model.states(shown)
+            new = {} if joint else {tuple(part): states.cpu()}
         self.model.train(training)
         states, at = states.to(self.device), mask[:, 1:]
         z, y = self.model.logits(ids[:, :-1][at], states[:, :-1][at]), ids[:, 1:][at]
         loss, right = F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
-        return loss, torch.stack([at.sum(), loss, right]).detach(), states.detach().cpu()
+        return loss, torch.stack([at.sum(), loss, right]).detach(), new
 
     def means(self, sums: Tensor) -> dict[str, float]:
         found = super().means(sums)
