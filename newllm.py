@@ -16,14 +16,14 @@ The letters that the code and its comments use:
     V         vocabulary: <unk>, two tokens of ChatML, and GPT-2's tokens that the text has
     E, C, H   embed_dim, context_dim, hidden_dim
     x         embedded, normalised tokens                  (B, T, E)
-    u         what they add to the first hidden layer      (B, T, H)
+    u         what they add to the hidden layers           (B, T, H or H * num_layers)
     s         the state that goes from token to token      (B, C)
     c         the context, LayerNorm(s): what is read      (B, C)
 """
 import argparse, builtins, contextlib, hashlib, itertools, json, math, os, random, sys, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional
+from typing import Callable, Iterator, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -81,11 +81,6 @@ class Config:
                 raise UserError(f"{flag(f.name)} {value}: give {least:g} to {most:g}")
         self.by_heart = self.patience == 0  # learn these dialogues, or learn from them for others?
 
-    def of(self, *groups: str) -> dict:
-        """The settings of some groups."""
-        return {k: v for k, v in asdict(self).items()
-                if self.__dataclass_fields__[k].metadata["group"] in groups}
-
 PRESETS = {  # what it is for, and what it changes
     "small": ("ten dialogues by heart, in seconds (this is the default)", {}),
     "medium": ("100 dialogues of UltraChat by heart", dict(
@@ -132,8 +127,7 @@ class Dialogue(NamedTuple):
 class Tokenizer:
     """Text to token ids and back: GPT-2's byte pairs (r50k_base of github.com/openai/tiktoken).
 
-    vocab (V,) says which byte pair an id stands for, from 3 on; None: all 50,256 in their order.
-    """
+    vocab (V,) says which byte pair an id stands for, from 3 on; None: all 50,256 in their order."""
 
     def __init__(self, vocab: Optional[Tensor] = None):
         import tiktoken
@@ -166,8 +160,7 @@ class Tokenizer:
 
     def question(self, text: str) -> list[int]:
         """A user's message, and the head of the answer that the model is to write."""
-        ids = self.dialogue([("user", text)]).ids.tolist()
-        return [*ids, IM_START, *self.encode("assistant\n")]
+        return self.dialogue([("user", text), ("assistant", "")]).ids.tolist()[:-2]
 
 def is_file(name: str) -> bool:
     """A local file, existing or meant; anything else is a name on the Hugging Face hub."""
@@ -184,7 +177,7 @@ def download(name: str, split: str, samples: int, cache: str) -> Path:
             records = datasets.load_dataset(name, split=split, streaming=True)
             records = tqdm(itertools.islice(records, samples or None), name, disable=None)
             lines = [json.dumps(dict(messages=record["messages"])) + "\n" for record in records]
-        save(path, "".join(lines).encode())
+        save(path, lambda file: file.write_text("".join(lines), "utf-8"))
     return path
 
 def messages_in(text: str, path: Path) -> Iterator[list[tuple[str, str]]]:
@@ -192,7 +185,7 @@ def messages_in(text: str, path: Path) -> Iterator[list[tuple[str, str]]]:
     with explained(f"{path} is not JSON", "give one array, or an object per line"):
         items = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     for number, item in enumerate(items, 1):
-        if item == "" or isinstance(item, str) and item.isspace():
+        if isinstance(item, str) and not item.strip():
             continue
         with explained(f"{path} line {number} is not JSON with messages", "each needs a content "
                        "and a role: system, user or assistant, of which there has to be one"):
@@ -204,8 +197,8 @@ def messages_in(text: str, path: Path) -> Iterator[list[tuple[str, str]]]:
         yield messages
 
 def read(name: str, config: Config, tokenizer: Tokenizer, training: bool) -> list[Dialogue]:
-    """All dialogues of a file or a dataset; of a .txt file pieces, every token a target."""
-    most, path = config.samples or None if training else None, Path(name)
+    """Dialogues of a file or a dataset; of a .txt file pieces, every token a target."""
+    most, path = (config.samples or None) if training else None, Path(name)
     if not is_file(name):
         hub = dict(ultrachat="HuggingFaceH4/ultrachat_200k").get(name, name)
         split = ("train" if training else "test") + "_sft" * (name == "ultrachat")
@@ -215,14 +208,13 @@ def read(name: str, config: Config, tokenizer: Tokenizer, training: bool) -> lis
     if path.suffix != ".txt":
         return [tokenizer.dialogue(m) for m in itertools.islice(messages_in(text, path), most)]
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
-    size = config.max_len if config.by_heart else min(config.max_len, -(-len(ids) // 10))
-    return [Dialogue(piece, piece >= 0) for piece in ids.split(max(2, size))][:most]
+    size = config.max_len if config.by_heart else min(config.max_len, math.ceil(len(ids) / 10))
+    return [Dialogue(p, torch.ones_like(p, dtype=bool)) for p in ids.split(max(2, size))][:most]
 
 def load(config: Config) -> tuple[list[Dialogue], list[Dialogue], Tensor]:
-    """Dialogues to train on, others to validate on (none by heart), and the vocabulary (V,).
+    """Dialogues to train on, others to validate on, if any, and the vocabulary of the former (V,).
 
-    The vocabulary is the training text's. Raises UserError where a source is broken or too small.
-    """
+    A source that is broken or too small is a UserError."""
     tokenizer, val, most = Tokenizer(), [], config.max_len
     train = read(config.data, config, tokenizer, True)
     if config.val_data or config.data == "ultrachat" and not config.by_heart:
@@ -264,7 +256,7 @@ def count(dialogues: list[Dialogue]) -> tuple[int, int]:
 # --- 3. The contexts: one cell, walked token by token or solved for all tokens at once ------------
 
 TOLERANCE, MAX_SWEEPS = 5e-5, 30  # of solve(): largest change in units of a state's size; give up
-FEW, SHORT = 4, 32  # on a CPU the loop wins for more dialogues side by side, or for fewer tokens
+FEW, SHORT = 4, 32  # the loop wins for more dialogues side by side on a CPU, or for fewer tokens
 
 class Cell(nn.Module):
     """One step of the recurrence: (u_t, s_{t-1}) -> s_t."""
@@ -278,13 +270,8 @@ class Cell(nn.Module):
         self.gates = nn.Linear(H, 3 * C)
         nn.init.orthogonal_(self.state_in.weight, gain=0.5)
         nn.init.orthogonal_(self.gates.weight, gain=0.7)
-        nn.init.zeros_(self.gates.bias)
-        with torch.no_grad():  # units that forget at once next to units that remember for long
-            self.gates.bias[:C] = torch.linspace(-1, 4, C)
-
-    def recurrent(self) -> list[nn.Parameter]:
-        """All parameters but those of token_in, whose work is done before the recurrence."""
-        return [p for name, p in self.named_parameters() if not name.startswith("token_in")]
+        # numbers of the state that forget at once, next to some that remember for long
+        self.gates.bias.data = torch.cat((torch.linspace(-1, 4, C), torch.zeros(2 * C)))
 
     def forward(self, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """u (B, H or H * num_layers), s (B, C) -> the next state (B, C), the forget gate (B, C)."""
@@ -294,8 +281,8 @@ class Cell(nn.Module):
             a = F.silu(layer(a) + (others[k] if others else 0))
         f, i, d = self.gates(a).chunk(3, dim=-1)
         f, i, d = torch.sigmoid(f), torch.sigmoid(i), torch.tanh(d)  # forget, input, candidate
-        # An average of the old state and the new: |s| stays below 1, and what is old fades, so
-        # that errors die out. LayerNorm in here would blow them up again; it comes at the reading.
+        # An average of the old state and the new: |s| stays below 1, and what is old fades, as
+        # errors do. LayerNorm in here would blow them up again; it comes at the reading.
         return torch.addcmul((1 - f) * i * d, f, s), f
 
 def walk(cell: Cell, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,21 +301,20 @@ def context(s: Tensor) -> Tensor:
 def scan(f: Tensor, b: Tensor) -> Tensor:
     """y_t = f_t * y_{t-1} + b_t, y_0 = 0, for all t of (B, T, C) in log2(T) steps.
 
-    The doubling scan: Hillis & Steele, Data Parallel Algorithms, CACM 1986.
-    """
+    The doubling scan: Hillis & Steele, Data Parallel Algorithms, CACM 1986."""
     k = 1
     while k < f.shape[1]:
-        b = torch.cat((b[:, :k], torch.addcmul(b[:, k:], f[:, k:], b[:, :-k])), 1)
-        f = torch.cat((f[:, :k], f[:, k:] * f[:, :-k]), 1)
+        b = torch.addcmul(b, f, F.pad(b, (0, 0, k, -k)))  # shifted by k to the right
+        f = f * F.pad(f, (0, 0, k, -k), value=1)
         k *= 2
     return b
 
 def chunked(x: Tensor) -> Tensor:
-    """(B, T, D) -> (B * n, L, D): n chunks, the last filled up with zeros. Their length L is about
-    sqrt(T) / 2 on a CPU, and short on a GPU, where every step is a launch."""
+    """(B, T, D) -> (B * n, L, D): n chunks, the last filled up with zeros. Their length L is 16,
+    or, on a CPU, about sqrt(T) / 2 if that is more; on a GPU every step is a launch."""
     B, T, D = x.shape
     L = 16 if x.is_cuda else 2 ** max(4, math.ceil(math.log2(T) / 2) - 1)
-    n = -(-T // L)
+    n = math.ceil(T / L)
     return F.pad(x, (0, 0, 0, n * L - T)).reshape(B * n, L, D)
 
 def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None
@@ -338,13 +324,13 @@ def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None
     Cut the text into n chunks and guess the state before each. A sweep walks all of them at once,
     as one batch of B * n rows. Where a chunk ends elsewhere than the next was guessed to start, the
     guesses are corrected together: start_{j+1} = end_j + kept_j * (correction of start_j), a linear
-    recurrence, solved by scan(). Newton's method would use each chunk's full Jacobian; the product
-    of its forget gates is the cheap diagonal part (Lim et al., DEER, ICLR 2024). That changes how
-    many sweeps it takes, not where it ends, which is the walk.
+    recurrence, solved by scan(). Newton's method would take each chunk's full Jacobian for kept_j
+    (Lim et al., DEER, ICLR 2024); here it is the product of the forget gates, the direct path: a
+    quasi-Newton method (Gonzalez et al., arXiv 2407.19115). That changes how many sweeps it takes,
+    not where it ends, which is the walk.
 
     u (B, T, ·), s0 (B, C), guess (B, T, C), as of the last pass -> states (B, T, C), the chunks'
-    starts (B, n, C), and the number of sweeps: 0 if it gave up and walked.
-    """
+    starts (B, n, C), and the number of sweeps: 0 if it gave up and walked."""
     (B, T, _), C, chunks = u.shape, s0.shape[1], chunked(u)
     n, L = len(chunks) // B, chunks.shape[1]
     starts, last = s0.new_zeros(B, n, C), slice(L - 1, (n - 1) * L, L)  # before the next chunk
@@ -358,20 +344,21 @@ def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None
         size = starts.std(-1, keepdim=True).clamp(min=1e-3)[:, 1:]  # what is read is LayerNorm(s)
         if n == 1 or (change / size).abs().max() <= TOLERANCE:
             return states.view(B, n * L, C)[:, :T], starts, sweep
+    say(f"solver: {MAX_SWEEPS} sweeps did not reach {TOLERANCE}; walked token by token")
     states = walk(cell, u, s0)[0]
     starts[:, 1:] = states[:, last]
     return states, starts, 0
 
 class ParallelStates(torch.autograd.Function):
-    """solve() with its gradient: the same recurrence, run from right to left.
+    """solve() with its gradient: m_j = inside_j + J_j^T m_{j+1}, from the last chunk to the first.
 
-    Take two chunks. The loss reaches the second one's start by its states: call that m_2. It
-    reaches the first one's start by its states, inside_1, and by its end, where the second starts:
-    m_1 = inside_1 + J_1^T m_2, J_1 being the Jacobian of the end by the start. Autograd gives
-    through_1 = J_1^T m_2 for any guess of m_2. Of n chunks, guess all m_j; were J_j the product of
-    forget gates kept_j, one scan() would find the right ones; correct the guesses by that scan, and
-    ask again until nothing changes. There the terms with kept_j cancel: it is the true gradient.
-    """
+    m_j is the gradient of the loss by the start of chunk j; inside_j is what comes of it from the
+    chunk's own states; J_j is the Jacobian of the chunk's end by its start. Take two chunks. The
+    second one's end leads nowhere: m_2 = inside_2. The first one's end is where the second starts,
+    so m_2 arrives there, and autograd carries it to the first one's start: through_1 = J_1^T m_2.
+    With n chunks all m_j are guessed. Were J_j the product of forget gates kept_j, one scan() would
+    find them; so correct the guesses by that scan, let autograd carry them anew, and stop when they
+    change by less than a thousandth. The terms with kept_j cancel there: the gradient is true."""
 
     @staticmethod
     def forward(ctx, cell, u, s0, guess, *parameters):
@@ -383,27 +370,25 @@ class ParallelStates(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         u, starts = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        (B, n, C), parameters = starts.shape, ctx.cell.recurrent()
+        (B, n, C), learns = starts.shape, (u, *ctx.cell.parameters())
         with torch.enable_grad():
             states, kept = walk(ctx.cell, chunked(u), starts.view(B * n, C))
         outside, kept = chunked(grad), kept.detach().view(B, n, C)
         inside = torch.autograd.grad(states, starts, outside, retain_graph=True)[0]
-        m, ends = inside, torch.zeros_like(outside)
-        for _ in range(MAX_SWEEPS):
-            later = F.pad(m[:, 1:], (0, 0, 0, 1))  # m_{j+1}, which arrives at the end of chunk j
+        m, change, ends = inside, math.inf, torch.zeros_like(outside)
+        for _ in range(MAX_SWEEPS + 1):
+            later = F.pad(m, (0, 0, -1, 1))  # m_{j+1}, which arrives at the end of chunk j
             ends[:, -1] = later.reshape(B * n, C)
+            if change <= 1e-3 * m.norm():
+                found = torch.autograd.grad(states, learns, outside + ends, allow_unused=True)
+                return None, found[0], m[:, 0], None, *found[1:]
             through = torch.autograd.grad(states, starts, ends, retain_graph=True)[0]
             new = scan(kept.flip(1), (inside + through - kept * later).flip(1)).flip(1)
             change, m = (new - m).norm(), new
-            if change <= 1e-3 * m.norm():
-                ends[:, -1] = F.pad(m[:, 1:], (0, 0, 0, 1)).reshape(B * n, C)
-                found = torch.autograd.grad(states, (u, *parameters), outside + ends)
-                return None, found[0], m[:, 0], None, *found[1:]
         with torch.enable_grad():  # it does not settle: backpropagation through time
-            s0 = starts[:, 0].detach().requires_grad_()
-            states = walk(ctx.cell, u, s0)[0]
-        found = torch.autograd.grad(states, (u, s0, *parameters), grad)
-        return None, *found[:2], None, *found[2:]
+            states = walk(ctx.cell, u, starts[:, 0])[0]
+        found = torch.autograd.grad(states, (starts, *learns), grad, allow_unused=True)
+        return None, found[1], found[0][:, 0], None, *found[2:]
 
 # --- 4. The model: the context block, the token block, the output head; how it writes -------------
 
@@ -416,8 +401,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     """Context block, token block, and an output head whose table is that of the embeddings.
 
     With GPT-2's embeddings, and with --joint, it is the same table. Learned ones must not change
-    under frozen contexts: there the head begins with a copy, and goes on learning.
-    """
+    under frozen contexts: there the head begins with a copy, and goes on learning."""
 
     def __init__(self, config: Config, vocab_size: int = 50259):
         super().__init__()
@@ -428,13 +412,12 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         self.embed, self.head = nn.Embedding(vocab_size, E), nn.Linear(E, vocab_size)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        self.head.weight.data.copy_(self.embed.weight)
         if config.joint or config.embeddings != "learned":
             self.head.weight = self.embed.weight
         self.embed.requires_grad_(config.embeddings == "learned")
         self.cell = Cell(config)
-        self.again = E if config.token_input_all_layers else 0
-        widths = [E + C] + [H + self.again] * (config.num_layers - 1)
+        self.token_width = E if config.token_input_all_layers else 0
+        widths = [E + C] + [H + self.token_width] * (config.num_layers - 1)
         self.hidden = nn.ModuleList(nn.Linear(width, H) for width in widths)
         self.out, self.dropout = nn.Linear(H, E), nn.Dropout(config.dropout)
         self.scale = nn.Parameter(torch.tensor(10.0))  # in Phase 1, 1 / temperature
@@ -447,8 +430,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
                solver: Optional[str] = None) -> Tensor:
         """Context block: ids (B, T), state or None for zeros -> states (B, T, C), float32.
 
-        guess (B, T, C): as in solve(). solver: the config's; auto takes what is faster.
-        """
+        guess (B, T, C): as in solve(). solver: the config's; auto takes what is faster."""
         with torch.autocast(ids.device.type, enabled=False):
             u = self.cell.token_in(self.dropout(self.read(ids)))
             s = u.new_zeros(len(u), self.config.context_dim) if state is None else state.float()
@@ -456,17 +438,15 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             self.sweeps = 0
             if not wanted[solver or self.config.solver] or ids.shape[1] <= SHORT:
                 return walk(self.cell, u, s)[0]
-            states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess,
-                                                       *self.cell.recurrent())
-            if self.sweeps == 0:
-                say(f"solver: {MAX_SWEEPS} sweeps did not reach {TOLERANCE}; walked token by token")
+            learns = self.cell.parameters()
+            states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess, *learns)
             return states
 
     def query(self, x: Tensor, states: Tensor) -> Tensor:
         """Token block, q = FNN([x, c]): x (..., E), states (..., C) -> (..., E) of length 1."""
         a = context(states)
         for k, layer in enumerate(self.hidden):
-            a = torch.cat((x, a), dim=-1) if k == 0 or self.again else a
+            a = torch.cat((x, a), dim=-1) if k == 0 or self.token_width else a
             a = self.dropout(F.silu(layer(a)))
         return F.normalize(self.out(a).float(), dim=-1)
 
@@ -528,7 +508,7 @@ def answer(model: NewLLM, text: str, max_new_tokens: int = 200, **sampling) -> s
 
 TABLES, TABLE_RATE = ("embed.weight", "head.weight"), 0.2  # they learn slower, or they overfit
 WARMUP, GAIN = 10, 1e-3  # steps in which the learning rate rises; what counts as a gain, in nats
-PART = 8192  # tokens that are computed at a time; on a GPU it is measured how many fit
+PART = 8192  # tokens computed at a time; for a step on a GPU it is measured how many fit
 
 class Phase:
     """What both phases share. They differ in what learns, how fast, and by which loss().
@@ -536,8 +516,7 @@ class Phase:
     loss() of a part of a batch returns what is to be minimised; sums, of which the first counts
     words, and the others, divided by it, are the figures that `names` names; and states to keep.
     All that is random in a step follows from its number: to go on from a checkpoint gives to the
-    last digit what an uninterrupted run of one process gives.
-    """
+    last digit what an uninterrupted run of one process gives."""
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue], learns: tuple):
         self.model, self.train, self.val, self.config = model, train, val, model.config
@@ -551,23 +530,22 @@ class Phase:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(
             1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2)
         cuda, dtype = self.device.type == "cuda", self.config.dtype
-        self.parts = 0 if cuda else -(-self.config.batch_tokens // PART)  # 0: to be measured
-        self.bf16 = dtype == "bfloat16" or dtype == "auto" and cuda and (
-            torch.cuda.get_device_capability(self.device) >= (8, 0))
+        self.parts = 0 if cuda else math.ceil(self.config.batch_tokens / PART)  # 0: to be measured
+        can = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bf16 = dtype == "bfloat16" or dtype == "auto" and can
 
     def fit(self, key: str = ""):
         """Train until the epochs are over, or `patience` of them have gained nothing.
 
-        A checkpoint in --out is gone on from: in Phase 1 if it has the same settings and key, which
-        stands for the data; in Phase 2 with --resume, and a UserError says what is not the same.
-        """
+        Starts from the last checkpoint in --out, if its settings are the same and its key, which
+        stands for data, cell and first weights; Phase 2 does so with --resume only."""
         best, last = (Path(self.config.out, f"{self.name}-{kind}.pt") for kind in ("best", "last"))
         epoch, lowest, waited = self.resume(last, key) if last.exists() else (0, math.inf, 0)
         start, first, seed, writer = time.perf_counter(), epoch, self.config.seed, None
         if self.config.tensorboard and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(self.config.tensorboard)
-        while epoch < self.epochs and not 0 < self.patience <= waited:
+        while epoch < self.epochs and not 0 < self.patience <= waited:  # patience 0: to the end
             order = random.Random(seed + epoch).sample(self.batches, len(self.batches))
             sums = sum(self.step(b) for b in tqdm(order, self.name, disable=None, leave=False))
             figures = self.means(sums)
@@ -582,23 +560,26 @@ class Phase:
                 f"{k} {v:.4g}" for k, v in figures.items()) + f" | {left:.0f} s left")
             for k, v in figures.items() if writer else ():
                 writer.add_scalar(f"{self.name}/{k}", v, epoch)
-            checkpoint = dict(config=asdict(self.config), key=key, model=self.model.state_dict(),
-                              phase=self.name, progress=(epoch, lowest, waited), figures=figures)
-            if gained and RANK == 0:
-                save(best, checkpoint)
-            if RANK == 0:  # Phase 2's states are made anew
-                states = self.states if self.name == "phase1" else {}
-                save(last, checkpoint | dict(states=states, optimizer=self.optimizer.state_dict(),
-                                             schedule=self.schedule.state_dict()))
+            to_chat = dict(config=asdict(self.config), model=self.model.state_dict(), key=key,
+                           phase=self.name, progress=(epoch, lowest, waited), figures=figures)
+            to_go_on = dict(states=self.states, optimizer=self.optimizer.state_dict(),
+                            schedule=self.schedule.state_dict())
+            if RANK == 0:
+                save(last, lambda file: torch.save(to_chat | to_go_on, file))
+            if RANK == 0 and gained:
+                save(best, lambda file: torch.save(to_chat, file))
         global_sum(torch.zeros(1, device=self.device))  # all wait until the best is written
         if self.keep_best:
             self.model.load_state_dict(torch.load(best, self.device, weights_only=True)["model"])
 
     def resume(self, last: Path, key: str) -> tuple[int, float, int]:
-        """Take over all that the last checkpoint holds, if it is of this run. Its progress."""
-        old, settings = read_checkpoint(last)[1], self.config.of(*self.groups)
-        other = [f"{flag(k)} {old['config'][k]}, not {v}" for k, v in settings.items()
-                 if old["config"][k] != v] + ["other data or another cell"] * (old["key"] != key)
+        """The progress of the last checkpoint, all of which is taken over; or none. With --resume
+        a UserError says what is not the same."""
+        old, new = read_checkpoint(last)[1], asdict(self.config)
+        names = [f.name for f in fields(Config) if f.metadata["group"] in self.groups]
+        other = [f"{flag(k)} {old['config'][k]}, not {new[k]}" for k in names
+                 if old["config"][k] != new[k]]
+        other += ["other data or another cell"] * (old["key"] != key)
         if other and self.config.resume:
             raise UserError(f"--resume: {last} was trained with {other[0]}; change that, or train "
                             f"anew in another --out")
@@ -616,13 +597,13 @@ class Phase:
 
         Each of several processes computes its share, in parts that fit into its memory, and the
         gradients are summed. On a GPU the first step is taken in up to eight parts, and what memory
-        they took says how few will do. More parts follow where memory runs out all the same.
-        """
-        mine, (_, free), sums = batch[RANK::WORLD], free_memory(self.device), None
+        they took says how few will do. More parts follow where memory runs out all the same."""
+        mine, sums = batch[RANK::WORLD], None
+        free = None if self.parts else free_memory(self.device)[1]
         while sums is None:
-            n = min(self.parts or 8, max(1, len(mine)))
+            n = min(self.parts or 8, len(mine))
             try:
-                sums = self.gradients([mine[k::n] for k in range(min(n, len(mine)))])
+                sums = self.gradients([mine[k::n] for k in range(n)])
             except torch.OutOfMemoryError:
                 if n >= len(mine):
                     raise UserError("not even one dialogue fits into the device's memory; lower "
@@ -695,15 +676,14 @@ class Phase1(Phase):
     CVFP, context vector fixed point, is the mean squared change of a context since the last pass.
     Diversity is asked for by InfoNCE (van den Oord et al. 2018): tell the next word from NEGATIVES
     others, by the token block's own score. That is alignment and uniformity (Wang & Isola 2020),
-    and uniformity is diversity, spent on what tells words apart.
-    """
+    and uniformity is diversity, spent on what tells words apart."""
     name, names, groups = "phase1", ("loss", "change", "converged"), ("model", "Phase 1")
     patience, keep_best = 2, True
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         self.epochs = model.config.iterations
         super().__init__(model, train, val, ("cell", "hidden", "out", "embed"))
-        self.often = torch.bincount(torch.cat([d.ids for d in train])).double().sqrt()
+        self.negative_weights = torch.bincount(torch.cat([d.ids for d in train])).double().sqrt()
         say(f"\nPhase 1: contexts of {count(train)[0]:,} tokens, in at most {self.epochs} passes\n"
             f"  loss: nats it takes to tell the next word from {NEGATIVES:,} others; 0 is best\n"
             f"  change: of contexts since the last pass; converged: mean square below {CONVERGED}")
@@ -713,18 +693,18 @@ class Phase1(Phase):
         self.model.train(dialogues is self.train)
         ids = pad((dialogues[i].ids for i in part), self.device)
         before = self.states.get(tuple(part)) if dialogues is self.train else None
-        states, asked = self.model.states(ids, guess=before), ids[:, 1:] != UNK
-        x, s, y = self.model.read(ids)[:, :-1][asked], states[:, :-1][asked], ids[:, 1:][asked]
+        states, at = self.model.states(ids, guess=before), ids[:, 1:] != UNK
+        x, s, y = self.model.read(ids)[:, :-1][at], states[:, :-1][at], ids[:, 1:][at]
         q = self.model.query(x, s)  # x whole: where it is dropped, contexts learn to repeat it
-        negatives = torch.multinomial(self.often, NEGATIVES, True).to(self.device)
+        negatives = torch.multinomial(self.negative_weights, NEGATIVES, True).to(self.device)
         table = F.normalize(self.model.embed.weight, dim=-1)
         right = (q * table[y]).sum(-1, keepdim=True)
         wrong = (q @ table[negatives].T).masked_fill(y[:, None] == negatives, -math.inf)
         scores = self.model.scale.detach() * torch.cat((right, wrong), 1)
         contrast = F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
         old = torch.zeros_like(states) if before is None else context(before.to(self.device))
-        change = (context(states) - old)[:, 1:][asked].pow(2).mean(-1)  # 1 in the first pass
-        sums = (asked.sum(), contrast, change.sum(), (change < CONVERGED).sum())
+        change = (context(states) - old)[:, 1:][at].pow(2).mean(-1)  # 1 in the first pass
+        sums = (at.sum(), contrast, change.sum(), (change < CONVERGED).sum())
         return ((1 - DIVERSITY) * change.sum() + DIVERSITY * contrast,
                 torch.stack(sums).detach(), {tuple(part): states.detach().cpu()})
 
@@ -757,18 +737,18 @@ HOLES = 0.1  # share of the words that the context block is not shown
 class Phase2(Phase):
     """Cross entropy of the assistant's words, with the token block that Phase 1 has begun.
 
-    Where new text is to be predicted, a share HOLES of the words is hidden from the context block.
-    Contexts that know the text by heart would teach the token block to trust them more than it can
-    in a chat. Validation is without holes, as a chat is.
-    """
+    Where new text is to be predicted, these contexts are made with dropout, and with a share HOLES
+    of the words hidden. Contexts that know the text by heart would teach the token block to trust
+    them more than it can in a chat. Validation has neither, as a chat has not."""
     name, names, groups = "phase2", ("loss", "right"), ("model", "Phase 1", "Phase 2")
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         config, joint = model.config, model.config.joint
         self.epochs, self.patience = config.epochs, config.patience
         self.keep_best = not config.by_heart
-        super().__init__(model, train, val,
-                         ("hidden", "out", "scale", "head") + ("embed", "cell") * joint)
+        model.cell.requires_grad_(joint)
+        model.embed.requires_grad_(joint and config.embeddings == "learned")
+        super().__init__(model, train, val, ("",))
         torch.manual_seed(config.seed)
         share = 0 if config.by_heart else HOLES
         self.shown = [d.ids.masked_fill(torch.rand(len(d.ids)) < share, UNK) for d in train]
@@ -779,15 +759,13 @@ class Phase2(Phase):
     def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, dict]:
         """Of some dialogues: loss; sums of words, of loss, of words that were right; states."""
         training, joint = dialogues is self.train, self.config.joint
-        self.model.train(training and joint)
+        self.model.train(training)
         ids, mask = (pad(x, self.device) for x in zip(*(dialogues[i] for i in part)))
         states, new = self.states.get(tuple(part)) if training else None, {}
         if states is None:
             shown = pad((self.shown[i] for i in part), self.device) if training else ids
-            with torch.set_grad_enabled(training and joint):
-                states = self.model.states(shown)
+            states = self.model.states(shown)
             new = {} if joint else {tuple(part): states.cpu()}
-        self.model.train(training)
         states, at = states.to(self.device), mask[:, 1:]
         z, y = self.model.logits(ids[:, :-1][at], states[:, :-1][at]), ids[:, 1:][at]
         loss, right = F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
@@ -824,16 +802,13 @@ def explained(what: str, way_out: str):
         cause = f"{type(e).__name__}: {str(e).strip()}".splitlines()[0][:150]
         raise UserError(f"{what} ({cause}); {way_out}") from None
 
-def save(path: Path, content: bytes | dict):
-    """Write bytes or a checkpoint, whole or not at all. Raises UserError."""
+def save(path: Path, write: Callable):
+    """Let write() make a file, whole or not at all. Raises UserError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with explained(f"cannot write {path}", "free space, or name another folder: --out or --cache"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if isinstance(content, bytes):
-                temporary.write_bytes(content)
-            else:
-                torch.save(content, temporary)
+            write(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -854,8 +829,6 @@ def pick_device(name: str) -> torch.device:
 
 def free_memory(device: torch.device) -> tuple[int, int]:
     """Bytes of a GPU that were free at the peak since the last call, and that are free now."""
-    if device.type != "cuda":
-        return 0, 0
     used, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -864,10 +837,9 @@ def free_memory(device: torch.device) -> tuple[int, int]:
 def gpt2_table(name: str, cache: str) -> Tensor:
     """GPT-2's embeddings (50257, 768), of a .safetensors file with wte.weight, or of the hub's, of
     which only these 154 of 548 MB are read, once. Raises UserError."""
-    from safetensors.torch import load_file, save as in_bytes
-    hub, path = name in ("auto", "gpt2"), Path(name)
-    if hub:
-        path = Path(cache, "gpt2-wte.safetensors")
+    from safetensors.torch import load_file, save_file
+    hub = name in ("auto", "gpt2")
+    path = Path(cache, "gpt2-wte.safetensors") if hub else Path(name)
     with explained(f"--embeddings {name} cannot be had", "go online once, name GPT-2's table as a "
                    ".safetensors file, or give learned"):
         if hub and not path.exists():
@@ -876,12 +848,13 @@ def gpt2_table(name: str, cache: str) -> Tensor:
                 size = int.from_bytes(file.read(8), "little")
                 begin, end = json.loads(file.read(size))["wte.weight"]["data_offsets"]
                 file.seek(8 + size + begin)
-                table = torch.frombuffer(bytearray(file.read(end - begin)), dtype=torch.float32)
-            save(path, in_bytes({"wte.weight": table.view(50257, 768)}))
-        found = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
-        if found["wte.weight"].shape != (50257, 768):
-            raise ValueError(f"wte.weight is {tuple(found['wte.weight'].shape)}, not (50257, 768)")
-    return found["wte.weight"].float()
+                data = torch.frombuffer(bytearray(file.read(end - begin)), dtype=torch.float32)
+            save(path, lambda file: save_file({"wte.weight": data.view(50257, 768)}, file))
+        tables = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+        table = tables["wte.weight"]
+        if table.shape != (50257, 768):
+            raise ValueError(f"wte.weight is {tuple(table.shape)}, not (50257, 768)")
+    return table.float()
 
 def make_model(config: Config, vocab: Tensor) -> NewLLM:
     """A fresh model with the embeddings that --embeddings asks for, or UserError."""
@@ -921,9 +894,8 @@ def train_model(config: Config) -> Optional[NewLLM]:
     if config.show_data:
         return show_data(train[:config.show_data], Tokenizer(vocab))
     for folder in (config.out, config.cache):  # better to learn it now than after an hour
-        probe = Path(folder, ".writable")
-        save(probe, b"")
-        probe.unlink(missing_ok=True)
+        save(Path(folder, ".writable"), Path.touch)
+        Path(folder, ".writable").unlink(missing_ok=True)
     model = make_model(config, vocab).to(device)
     if RANK == 0:
         global_sum(torch.zeros(1, device=device))
@@ -932,8 +904,8 @@ def train_model(config: Config) -> Optional[NewLLM]:
     say(f"model: {sum(sizes.values()) - tables:,} parameters, {tables:,} of embeddings, {device}")
     with torch.no_grad():  # the probe is for those who edit the cell
         probe = model.states(train[0].ids[None].to(device)).mean().item()
-    texts = [vocab.tolist(), *(d.ids.tolist() for d in train + val), probe]
-    key = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    same = [probe, vocab.tolist(), *(d.ids.tolist() for d in train + val)]
+    key = hashlib.sha256(json.dumps(same).encode()).hexdigest()
     if config.resume and not any(Path(config.out).glob("phase?-last.pt")):
         raise UserError(f"--resume: no checkpoint in {config.out}; train first, or name its --out")
     if config.iterations:
@@ -945,7 +917,7 @@ def train_model(config: Config) -> Optional[NewLLM]:
     return model.eval()
 
 def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
-    """Train as the options say, which in a notebook are not the kernel's own. Returns the model."""
+    """Train as the options say. Returns the model. In a notebook sys.argv is not ours: ignored."""
     start, notebook = time.perf_counter(), hasattr(builtins, "__IPYTHON__")
     torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
     try:
