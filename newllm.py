@@ -11,7 +11,6 @@ learns the states of all tokens in parallel, Phase 2 keeps them fixed and learns
     python chat.py                                 chat with what was trained
 
 The letters that the code and its comments use:
-
     B, T      dialogues in a batch, tokens in a dialogue
     V         vocabulary: <unk>, two tokens of ChatML, and GPT-2's tokens that the text has
     E, C, H   embed_dim, context_dim, hidden_dim
@@ -20,21 +19,18 @@ The letters that the code and its comments use:
     s         the state that goes from token to token      (B, C)
     c         the context, LayerNorm(s): what is read      (B, C)
 """
-import argparse, builtins, contextlib, hashlib, itertools, json, math, os, random, sys, time
+import argparse, builtins, contextlib, itertools, json, math, os, random, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterator, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import HfApi, HfFileSystem, PyTorchModelHubMixin
-from torch import Tensor
+from torch import Tensor, distributed as dist, nn
 from tqdm import tqdm
 
 # --- 1. Configuration: the command line is made from these fields, val_data becomes --val-data ----
-
 class UserError(ValueError):
     """Something the user can mend: printed as one line, exit code 2, no traceback."""
 
@@ -63,8 +59,7 @@ class Config:
     learning_rate: float = option("Phase 1", 4e-3, "AdamW's peak, in both phases", least=1e-9)
     batch_tokens: int = option("Phase 1", 64, "of an optimizer step, in both phases")
     epochs: int = option("Phase 2", 40, "passes over the data")
-    patience: int = option("Phase 2", 0, "passes without gain until it stops, the best of which is "
-                           "kept, judged by held-out dialogues; 0: all by heart", least=0)
+    patience: int = option("Phase 2", 0, "passes without gain until it stops; 0: by heart", least=0)
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("machine", "auto", "of the token block", ("auto", "float32", "bfloat16"))
     cache_gb: float = option("machine", 4.0, "GB for states, or they are computed again", least=0)
@@ -100,9 +95,9 @@ def parse(argv: list[str]) -> Config:
         raise UserError(f"{message} (python newllm.py --help lists the options)")
     parser.error = fail
     presets = parser.add_argument_group("start here").add_mutually_exclusive_group()
-    for name, (about, _) in PRESETS.items():
-        presets.add_argument(f"--{name}", dest="preset", action="store_const", const=name,
-                             help=about, default="small")
+    for name, (about, changes) in PRESETS.items():
+        presets.add_argument(f"--{name}", dest="preset", action="store_const", const=changes,
+                             default={}, help=about)
     for title, members in itertools.groupby(fields(Config), lambda f: f.metadata["group"]):
         group = parser.add_argument_group(title)
         for f in members:
@@ -111,13 +106,10 @@ def parse(argv: list[str]) -> Config:
             about = f"{f.metadata['help']} (small: {f.default if f.default != '' else 'none'})"
             group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **kind)
     typed = vars(parser.parse_args(argv))
-    changes = PRESETS[typed.pop("preset")][1] | typed
-    if is_file(typed.get("data", "hub")):
-        changes["samples"] = typed.get("samples", 0)
-    return Config(**changes)
+    everything = dict(samples=0) if is_file(typed.get("data", "hub")) else {}
+    return Config(**typed.pop("preset") | everything | typed)
 
 # --- 2. Data: dialogues in; token ids, and a mask of the assistant's words, out -------------------
-
 UNK, IM_START, IM_END = 0, 1, 2  # a word that the training text lacks; ChatML's begin and end
 
 class Dialogue(NamedTuple):
@@ -126,10 +118,8 @@ class Dialogue(NamedTuple):
 
 class Tokenizer:
     """Text to token ids and back: GPT-2's byte pairs (r50k_base of github.com/openai/tiktoken).
-
     vocab (V,) says which byte pair an id stands for, from 3 on; None: all 50,256 in their order."""
-
-    def __init__(self, vocab: Optional[Tensor] = None):
+    def __init__(self, vocab: Tensor | None = None):
         import tiktoken
         if Path("data/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").exists():  # its name for r50k_base
             os.environ.setdefault("TIKTOKEN_CACHE_DIR", "data")
@@ -166,16 +156,19 @@ def is_file(name: str) -> bool:
     """A local file, existing or meant; anything else is a name on the Hugging Face hub."""
     return Path(name).suffix in (".jsonl", ".json", ".txt") or Path(name).exists()
 
-def download(name: str, split: str, samples: int, cache: str) -> Path:
+def download(name: str, config: Config, training: bool) -> Path:
     """The first dialogues of a dataset on the hub, streamed into a .jsonl file in the cache."""
-    path = Path(cache) / f"{name.replace('/', '--')}-{split}-{samples or 'all'}.jsonl"
+    split, most = ("train", config.samples) if training else ("test", 100)
+    if name == "ultrachat":
+        name, split = "HuggingFaceH4/ultrachat_200k", f"{split}_sft"
+    path = Path(config.cache, f"{name.replace('/', '--')}-{split}-{most or 'all'}.jsonl")
     if not path.exists():
-        with explained(f"cannot read dataset {name}, split {split}", "offline, use the shipped "
-                       "dialogues: --data data/chats.jsonl"):
+        with explained(f"cannot read dataset {name}, split {split}",
+                       "offline, use the shipped dialogues: --data data/chats.jsonl"):
             HfApi().dataset_info(name, timeout=5)  # datasets alone would try for half a minute
             import datasets
             records = datasets.load_dataset(name, split=split, streaming=True)
-            records = tqdm(itertools.islice(records, samples or None), name, disable=None)
+            records = tqdm(itertools.islice(records, most or None), name, disable=None)
             lines = [json.dumps(dict(messages=record["messages"])) + "\n" for record in records]
         save(path, lambda file: file.write_text("".join(lines), "utf-8"))
     return path
@@ -183,26 +176,20 @@ def download(name: str, split: str, samples: int, cache: str) -> Path:
 def messages_in(text: str, path: Path) -> Iterator[list[tuple[str, str]]]:
     """Dialogues of JSON lines, or of a JSON array, in UltraChat's form, as (role, text) pairs."""
     with explained(f"{path} is not JSON", "give one array, or an object per line"):
-        items = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
-    for number, item in enumerate(items, 1):
-        if isinstance(item, str) and not item.strip():
-            continue
-        with explained(f"{path} line {number} is not JSON with messages", "each needs a content "
-                       "and a role: system, user or assistant, of which there has to be one"):
-            record = json.loads(item) if isinstance(item, str) else item
-            messages = [(m["role"], m["content"]) for m in record["messages"]]
-            roles = {role for role, said in messages if said.strip()}
-            if not {"assistant"} <= roles <= {"system", "user", "assistant"}:
-                raise ValueError(f"roles {sorted(roles)}")
-        yield messages
+        lines = map(json.dumps, json.loads(text)) if text.lstrip()[:1] == "[" else text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with explained(f"{path} line {number} is not JSON with messages", "see README.md"):
+                messages = [(m["role"], m["content"]) for m in json.loads(line)["messages"]]
+                roles = {role for role, said in messages if said.strip()}
+                if not {"assistant"} <= roles <= {"system", "user", "assistant"}:
+                    raise ValueError(f"roles {sorted(roles)}")
+            yield messages
 
 def read(name: str, config: Config, tokenizer: Tokenizer, training: bool) -> list[Dialogue]:
     """Dialogues of a file or a dataset; of a .txt file pieces, every token a target."""
-    most, path = (config.samples or None) if training else None, Path(name)
-    if not is_file(name):
-        hub = dict(ultrachat="HuggingFaceH4/ultrachat_200k").get(name, name)
-        split = ("train" if training else "test") + "_sft" * (name == "ultrachat")
-        path = download(hub, split, config.samples if training else 100, config.cache)
+    path = Path(name) if is_file(name) else download(name, config, training)
+    most = config.samples if training and config.samples else None
     with explained(f"cannot read {path}", "give a .jsonl, .json or .txt file in UTF-8"):
         text = path.read_text("utf-8-sig")
     if path.suffix != ".txt":
@@ -212,11 +199,9 @@ def read(name: str, config: Config, tokenizer: Tokenizer, training: bool) -> lis
     return [Dialogue(p, torch.ones_like(p, dtype=bool)) for p in ids.split(max(2, size))][:most]
 
 def load(config: Config) -> tuple[list[Dialogue], list[Dialogue], Tensor]:
-    """Dialogues to train on, others to validate on, if any, and the vocabulary of the former (V,).
-
-    A source that is broken or too small is a UserError."""
-    tokenizer, val, most = Tokenizer(), [], config.max_len
-    train = read(config.data, config, tokenizer, True)
+    """Dialogues to train on, to validate on, and the vocabulary of the former. Raises UserError."""
+    tokenizer, most = Tokenizer(), config.max_len
+    train, val = read(config.data, config, tokenizer, True), []
     if config.val_data or config.data == "ultrachat" and not config.by_heart:
         val = read(config.val_data or config.data, config, tokenizer, False)
     elif not config.by_heart:  # the last tenth of a plain text, or every tenth dialogue
@@ -229,14 +214,14 @@ def load(config: Config) -> tuple[list[Dialogue], list[Dialogue], Tensor]:
                   for part in (train, val))
     used, train, known = renumbered(train, val)
     if not train or not known and (config.val_data or not config.by_heart):
-        raise UserError(f"{config.data}: {len(train)} dialogues to train on and {len(known)} others"
-                        f" to validate on are too few; see --val-data and --max-len")
+        raise UserError(f"{config.data}: {len(train)} dialogues to train on, {len(known)} others: "
+                        "too few; see --val-data and --max-len")
     tokens, targets = count(train)
-    say(f"data: {len(train)} dialogues, {tokens:,} tokens, {targets:,} of them targets; V = "
-        f"{len(used):,}; {cut} cut at {most} tokens, {n - len(train + val)} without an answer left "
-        f"out\n" + (f"held out: {len(val)} dialogues; {1 - count(known)[1] / count(val)[1]:.1%} of "
-        f"their targets do not occur in the training text and are not counted" if val else
-        "all learned by heart: nothing is held out, the figures are those of these dialogues"))
+    say(f"data: {len(train)} dialogues, {tokens:,} tokens, {targets:,} targets, V = {len(used):,}; "
+        f"{cut} cut at {most} tokens, {n - len(train + val)} without an answer left out")
+    say(f"held out: {len(val)} dialogues; {1 - count(known)[1] / count(val)[1]:.1%} of their "
+        "targets do not occur in the text to learn and do not count" if val else
+        "held out: none, all is learned by heart and the figures are those of these dialogues")
     return train, known, tokenizer.vocab[used]
 
 def renumbered(train: list[Dialogue], *others: list[Dialogue]) -> tuple:
@@ -254,13 +239,11 @@ def count(dialogues: list[Dialogue]) -> tuple[int, int]:
     return sum(len(d.ids) for d in dialogues), sum(int(d.mask[1:].sum()) for d in dialogues)
 
 # --- 3. The contexts: one cell, walked token by token or solved for all tokens at once ------------
-
 TOLERANCE, MAX_SWEEPS = 5e-5, 30  # of solve(): largest change in units of a state's size; give up
 FEW, SHORT = 4, 32  # the loop wins for more dialogues side by side on a CPU, or for fewer tokens
 
 class Cell(nn.Module):
     """One step of the recurrence: (u_t, s_{t-1}) -> s_t."""
-
     def __init__(self, config: Config):
         super().__init__()
         E, C, H, layers = config.embed_dim, config.context_dim, config.hidden_dim, config.num_layers
@@ -299,9 +282,7 @@ def context(s: Tensor) -> Tensor:
     return F.layer_norm(s, s.shape[-1:])
 
 def scan(f: Tensor, b: Tensor) -> Tensor:
-    """y_t = f_t * y_{t-1} + b_t, y_0 = 0, for all t of (B, T, C) in log2(T) steps.
-
-    The doubling scan: Hillis & Steele, Data Parallel Algorithms, CACM 1986."""
+    """y_t = f_t * y_{t-1} + b_t, y_0 = 0, of (B, T, C) in log2(T) steps (Hillis & Steele 1986)."""
     k = 1
     while k < f.shape[1]:
         b = torch.addcmul(b, f, F.pad(b, (0, 0, k, -k)))  # shifted by k to the right
@@ -312,25 +293,20 @@ def scan(f: Tensor, b: Tensor) -> Tensor:
 def chunked(x: Tensor) -> Tensor:
     """(B, T, D) -> (B * n, L, D): n chunks, the last filled up with zeros. Their length L is 16,
     or, on a CPU, about sqrt(T) / 2 if that is more; on a GPU every step is a launch."""
-    B, T, D = x.shape
+    _, T, D = x.shape
     L = 16 if x.is_cuda else 2 ** max(4, math.ceil(math.log2(T) / 2) - 1)
-    n = math.ceil(T / L)
-    return F.pad(x, (0, 0, 0, n * L - T)).reshape(B * n, L, D)
+    return F.pad(x, (0, 0, 0, -T % L)).reshape(-1, L, D)
 
-def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Optional[Tensor] = None
-          ) -> tuple[Tensor, Tensor, int]:
-    """The states that walk() gives, for all chunks of the text side by side.
+def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Tensor | None = None) -> tuple:
+    """The states that walk() gives: u (B, T, ·), s0 (B, C), guess (B, T, C), as of the last pass
+    -> states (B, T, C), the chunks' starts (B, n, C), number of sweeps, 0 if it gave up and walked.
 
     Cut the text into n chunks and guess the state before each. A sweep walks all of them at once,
     as one batch of B * n rows. Where a chunk ends elsewhere than the next was guessed to start, the
     guesses are corrected together: start_{j+1} = end_j + kept_j * (correction of start_j), a linear
     recurrence, solved by scan(). Newton's method would take each chunk's full Jacobian for kept_j
-    (Lim et al., DEER, ICLR 2024); here it is the product of the forget gates, the direct path: a
-    quasi-Newton method (Gonzalez et al., arXiv 2407.19115). That changes how many sweeps it takes,
-    not where it ends, which is the walk.
-
-    u (B, T, ·), s0 (B, C), guess (B, T, C), as of the last pass -> states (B, T, C), the chunks'
-    starts (B, n, C), and the number of sweeps: 0 if it gave up and walked."""
+    (Lim et al., DEER, ICLR 2024); here it is the product of the forget gates: a quasi-Newton method
+    (Gonzalez et al., arXiv 2407.19115), with other sweeps that end in the same states."""
     (B, T, _), C, chunks = u.shape, s0.shape[1], chunked(u)
     n, L = len(chunks) // B, chunks.shape[1]
     starts, last = s0.new_zeros(B, n, C), slice(L - 1, (n - 1) * L, L)  # before the next chunk
@@ -359,7 +335,6 @@ class ParallelStates(torch.autograd.Function):
     With n chunks all m_j are guessed. Were J_j the product of forget gates kept_j, one scan() would
     find them; so correct the guesses by that scan, let autograd carry them anew, and stop when they
     change by less than a thousandth. The terms with kept_j cancel there: the gradient is true."""
-
     @staticmethod
     def forward(ctx, cell, u, s0, guess, *parameters):
         states, starts, sweeps = solve(cell, u, s0, guess)
@@ -370,7 +345,7 @@ class ParallelStates(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         u, starts = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        (B, n, C), learns = starts.shape, (u, *ctx.cell.parameters())
+        (B, n, C), learns = starts.shape, (u, starts, *ctx.cell.parameters())
         with torch.enable_grad():
             states, kept = walk(ctx.cell, chunked(u), starts.view(B * n, C))
         outside, kept = chunked(grad), kept.detach().view(B, n, C)
@@ -380,29 +355,25 @@ class ParallelStates(torch.autograd.Function):
             later = F.pad(m, (0, 0, -1, 1))  # m_{j+1}, which arrives at the end of chunk j
             ends[:, -1] = later.reshape(B * n, C)
             if change <= 1e-3 * m.norm():
-                found = torch.autograd.grad(states, learns, outside + ends, allow_unused=True)
-                return None, found[0], m[:, 0], None, *found[1:]
+                break
             through = torch.autograd.grad(states, starts, ends, retain_graph=True)[0]
             new = scan(kept.flip(1), (inside + through - kept * later).flip(1)).flip(1)
             change, m = (new - m).norm(), new
-        with torch.enable_grad():  # it does not settle: backpropagation through time
-            states = walk(ctx.cell, u, starts[:, 0])[0]
-        found = torch.autograd.grad(states, (starts, *learns), grad, allow_unused=True)
-        return None, found[1], found[0][:, 0], None, *found[2:]
+        else:  # it does not settle: backpropagation through time
+            with torch.enable_grad():
+                states, outside, ends = walk(ctx.cell, u, starts[:, 0])[0], grad, 0
+        found = torch.autograd.grad(states, learns, outside + ends, allow_unused=True)
+        return None, found[0], found[1][:, 0], None, *found[2:]
 
 # --- 4. The model: the context block, the token block, the output head; how it writes -------------
-
 class Output(NamedTuple):
-    loss: Optional[Tensor]
+    loss: Tensor | None
     logits: Tensor  # (B, T, V)
     state: Tensor   # (B, C), after the last token
 
 class NewLLM(nn.Module, PyTorchModelHubMixin):
-    """Context block, token block, and an output head whose table is that of the embeddings.
-
-    With GPT-2's embeddings, and with --joint, it is the same table. Learned ones must not change
-    under frozen contexts: there the head begins with a copy, and goes on learning."""
-
+    """Context block, token block, and an output head whose table is that of the embeddings. Learned
+    embeddings must not change under frozen contexts: there the head goes on with a copy."""
     def __init__(self, config: Config, vocab_size: int = 50259):
         super().__init__()
         self._hub_mixin_config = asdict(config) | dict(vocab_size=vocab_size)  # its config.json
@@ -416,8 +387,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             self.head.weight = self.embed.weight
         self.embed.requires_grad_(config.embeddings == "learned")
         self.cell = Cell(config)
-        self.token_width = E if config.token_input_all_layers else 0
-        widths = [E + C] + [H + self.token_width] * (config.num_layers - 1)
+        widths = [E + C] + [H + E * config.token_input_all_layers] * (config.num_layers - 1)
         self.hidden = nn.ModuleList(nn.Linear(width, H) for width in widths)
         self.out, self.dropout = nn.Linear(H, E), nn.Dropout(config.dropout)
         self.scale = nn.Parameter(torch.tensor(10.0))  # in Phase 1, 1 / temperature
@@ -426,11 +396,10 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         """x: ids (...) -> (..., E), normalised; of an unknown word only zeros are read."""
         return F.layer_norm(self.embed(ids), self.embed.weight.shape[1:]) * (ids != UNK)[..., None]
 
-    def states(self, ids: Tensor, state: Optional[Tensor] = None, guess: Optional[Tensor] = None,
-               solver: Optional[str] = None) -> Tensor:
-        """Context block: ids (B, T), state or None for zeros -> states (B, T, C), float32.
-
-        guess (B, T, C): as in solve(). solver: the config's; auto takes what is faster."""
+    def states(self, ids: Tensor, state: Tensor | None = None, guess: Tensor | None = None,
+               solver: str | None = None) -> Tensor:
+        """Context block: ids (B, T), state (B, C) or None for zeros, guess as in solve(), solver or
+        None for the config's, of which auto takes what is faster -> states (B, T, C), float32."""
         with torch.autocast(ids.device.type, enabled=False):
             u = self.cell.token_in(self.dropout(self.read(ids)))
             s = u.new_zeros(len(u), self.config.context_dim) if state is None else state.float()
@@ -445,8 +414,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     def query(self, x: Tensor, states: Tensor) -> Tensor:
         """Token block, q = FNN([x, c]): x (..., E), states (..., C) -> (..., E) of length 1."""
         a = context(states)
-        for k, layer in enumerate(self.hidden):
-            a = torch.cat((x, a), dim=-1) if k == 0 or self.token_width else a
+        for layer in self.hidden:
+            a = a if a.shape[-1] == layer.in_features else torch.cat((x, a), dim=-1)
             a = self.dropout(F.silu(layer(a)))
         return F.normalize(self.out(a).float(), dim=-1)
 
@@ -455,8 +424,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         q = self.scale * self.query(self.dropout(self.read(ids)), states)
         return F.linear(q, F.normalize(self.head.weight, dim=-1), self.head.bias).float()
 
-    def forward(self, input_ids: Tensor, labels: Optional[Tensor] = None,
-                state: Optional[Tensor] = None) -> Output:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None,
+                state: Tensor | None = None) -> Output:
         """ids (B, T) -> logits (B, T, V) and the state after the last token. state: where another
         call ended. labels (B, T), as Hugging Face has them (-100: ignored) -> the mean loss too."""
         states = self.states(input_ids, state)
@@ -467,9 +436,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         return Output(loss, logits, states[:, -1])
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 100,
-                 eos_token_id: Optional[int] = None, state: Optional[Tensor] = None,
-                 **sampling) -> Tensor:
+    def generate(self, input_ids: Tensor, max_new_tokens=100, eos_token_id: int | None = None,
+                 state: Tensor | None = None, **sampling) -> Tensor:
         """ids (B, T) -> (B, T + new), arguments as in Hugging Face's generate(); sampling as in
         choose(), state as in forward(). Rows that have ended are filled up with eos_token_id."""
         ids, unread, eos = input_ids, input_ids, -1 if eos_token_id is None else eos_token_id
@@ -484,10 +452,10 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 def choose(scores: Tensor, seen: Tensor, do_sample: bool = False, temperature: float = 1.0,
            top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0) -> Tensor:
     """The next token (B,) by logits (B, V) after the tokens seen (B, T); greedy by default."""
-    said, end = scores.gather(1, seen), scores[:, IM_END]
+    seen = seen.masked_fill(seen == IM_END, UNK)  # answers could not end if it were punished
+    said = scores.gather(1, seen)
     said = torch.where(said < 0, said * repetition_penalty, said / repetition_penalty)
     scores = scores.scatter(1, seen, said)
-    scores[:, IM_END] = end  # answers could not end if it were punished
     scores[:, [UNK, IM_START]] = -math.inf  # nobody says these
     if not do_sample:
         return scores.argmax(-1)
@@ -505,19 +473,14 @@ def answer(model: NewLLM, text: str, max_new_tokens: int = 200, **sampling) -> s
     return tokenizer.decode([i for i in ids[0, question.shape[1]:].tolist() if i != IM_END]).strip()
 
 # --- 5. Training: one loop for both phases --------------------------------------------------------
-
 TABLES, TABLE_RATE = ("embed.weight", "head.weight"), 0.2  # they learn slower, or they overfit
 WARMUP, GAIN = 10, 1e-3  # steps in which the learning rate rises; what counts as a gain, in nats
 PART = 8192  # tokens computed at a time; for a step on a GPU it is measured how many fit
 
 class Phase:
-    """What both phases share. They differ in what learns, how fast, and by which loss().
-
-    loss() of a part of a batch returns what is to be minimised; sums, of which the first counts
-    words, and the others, divided by it, are the figures that `names` names; and states to keep.
-    All that is random in a step follows from its number: to go on from a checkpoint gives to the
-    last digit what an uninterrupted run of one process gives."""
-
+    """What both phases share. loss() of a part of a batch returns what is to be minimised; sums, of
+    which the first counts words, and the others, divided by it, are the figures `names`; states to
+    keep. What is random in a step follows from its number: a resumed run gives equal figures."""
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue], learns: tuple):
         self.model, self.train, self.val, self.config = model, train, val, model.config
         self.device, self.states = model.vocab.device, {}  # (B, T, C) of a part, when last computed
@@ -534,21 +497,19 @@ class Phase:
         can = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = dtype == "bfloat16" or dtype == "auto" and can
 
-    def fit(self, key: str = ""):
-        """Train until the epochs are over, or `patience` of them have gained nothing.
-
-        Starts from the last checkpoint in --out, if its settings are the same and its key, which
-        stands for data, cell and first weights; Phase 2 does so with --resume only."""
+    def fit(self, key: int = 0):
+        """Train until the epochs are over, or `patience` of them have gained nothing. Returns self.
+        Goes on from a last checkpoint of the same settings and `key`: data, cell, first weights."""
         best, last = (Path(self.config.out, f"{self.name}-{kind}.pt") for kind in ("best", "last"))
         epoch, lowest, waited = self.resume(last, key) if last.exists() else (0, math.inf, 0)
-        start, first, seed, writer = time.perf_counter(), epoch, self.config.seed, None
+        start, first, writer = time.perf_counter(), epoch, None
         if self.config.tensorboard and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(self.config.tensorboard)
         while epoch < self.epochs and not 0 < self.patience <= waited:  # patience 0: to the end
-            order = random.Random(seed + epoch).sample(self.batches, len(self.batches))
-            sums = sum(self.step(b) for b in tqdm(order, self.name, disable=None, leave=False))
-            figures = self.means(sums)
+            order = random.Random(self.config.seed + epoch).sample(self.batches, len(self.batches))
+            bar = tqdm(order, f"pass {epoch + 1} of {self.epochs}", disable=None, leave=False)
+            figures = self.means(sum(map(self.step, bar)))
             if self.val:
                 figures |= {f"held-out {k}": v for k, v in self.evaluate(self.val).items()
                             if k in ("loss", "right", "perplexity")}
@@ -556,8 +517,8 @@ class Phase:
             gained = goal < lowest - GAIN
             epoch, lowest, waited = epoch + 1, min(lowest, goal), 0 if gained else waited + 1
             left = (time.perf_counter() - start) / (epoch - first) * (self.epochs - epoch)
-            say(f"{epoch:5d} of {self.epochs} | " + " | ".join(
-                f"{k} {v:.4g}" for k, v in figures.items()) + f" | {left:.0f} s left")
+            shown = [f"{epoch:5d} of {self.epochs}", *(f"{k} {v:.4g}" for k, v in figures.items())]
+            say(" | ".join([*shown, f"{left:.0f} s left"]))
             for k, v in figures.items() if writer else ():
                 writer.add_scalar(f"{self.name}/{k}", v, epoch)
             to_chat = dict(config=asdict(self.config), model=self.model.state_dict(), key=key,
@@ -569,35 +530,31 @@ class Phase:
             if RANK == 0 and gained:
                 save(best, lambda file: torch.save(to_chat, file))
         global_sum(torch.zeros(1, device=self.device))  # all wait until the best is written
-        if self.keep_best:
+        if self.patience:
             self.model.load_state_dict(torch.load(best, self.device, weights_only=True)["model"])
+        return self
 
-    def resume(self, last: Path, key: str) -> tuple[int, float, int]:
-        """The progress of the last checkpoint, all of which is taken over; or none. With --resume
-        a UserError says what is not the same."""
+    def resume(self, last: Path, key: int) -> tuple[int, float, int]:
+        """Take over the last checkpoint, in Phase 2 with --resume only. Returns its progress."""
         old, new = read_checkpoint(last)[1], asdict(self.config)
         names = [f.name for f in fields(Config) if f.metadata["group"] in self.groups]
         other = [f"{flag(k)} {old['config'][k]}, not {new[k]}" for k in names
                  if old["config"][k] != new[k]]
         other += ["other data or another cell"] * (old["key"] != key)
         if other and self.config.resume:
-            raise UserError(f"--resume: {last} was trained with {other[0]}; change that, or train "
-                            f"anew in another --out")
+            raise UserError(f"--resume: {last} has {other[0]}; undo that, or take another --out")
         if other or not (self.config.resume or self.name == "phase1"):
             return 0, math.inf, 0
-        self.model.load_state_dict(old["model"])
-        self.optimizer.load_state_dict(old["optimizer"])
-        self.schedule.load_state_dict(old["schedule"])
+        for part in ("model", "optimizer", "schedule"):
+            getattr(self, part).load_state_dict(old[part])
         self.states = old["states"]
         say(f"  going on after pass {old['progress'][0]}, found in {last}")
         return old["progress"]
 
     def step(self, batch: list[int]) -> Tensor:
-        """One optimizer step on a batch of dialogues; the sums that the loss returns.
-
-        Each of several processes computes its share, in parts that fit into its memory, and the
-        gradients are summed. On a GPU the first step is taken in up to eight parts, and what memory
-        they took says how few will do. More parts follow where memory runs out all the same."""
+        """One optimizer step on a batch of dialogues. Returns the sums that loss() does. A process
+        computes its share in parts that fit into memory. On a GPU the first step is taken in up to
+        eight, and what they took says how few will do; more follow where memory runs out."""
         mine, sums = batch[RANK::WORLD], None
         free = None if self.parts else free_memory(self.device)[1]
         while sums is None:
@@ -606,8 +563,8 @@ class Phase:
                 sums = self.gradients([mine[k::n] for k in range(n)])
             except torch.OutOfMemoryError:
                 if n >= len(mine):
-                    raise UserError("not even one dialogue fits into the device's memory; lower "
-                                    "--hidden-dim or --max-len, or use --device cpu") from None
+                    raise UserError("not even one dialogue fits into memory; lower --max-len or "
+                                    "--hidden-dim") from None
                 self.parts = 2 * n
                 say(f"memory: too little; a step is computed in {2 * n} parts")
         if not self.parts:
@@ -615,8 +572,8 @@ class Phase:
             self.parts = max(1, math.ceil(taken / (0.8 * free)))
             say(f"memory: {taken / 1e9:.2f} GB a step, {free / 1e9:.2f} free: {self.parts} part(s)")
         if not global_sum(sums).isfinite().all():
-            raise UserError(f"the loss is {sums[1]:.1f}; train anew with a lower --learning-rate; "
-                            f"the last good checkpoint is in {self.config.out}")
+            raise UserError(f"the loss is {sums[1]}; train anew with a lower --learning-rate; the "
+                            f"last good checkpoint is in {self.config.out}")
         parameters = [group["params"][0] for group in self.optimizer.param_groups]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -628,6 +585,7 @@ class Phase:
 
     def gradients(self, parts: list[list[int]]) -> Tensor:
         """Add up the gradients of all parts. Returns their sums, and keeps their states."""
+        self.model.train()
         self.optimizer.zero_grad()
         sums, states = torch.zeros(len(self.names) + 1, device=self.device), {}
         for part in parts:
@@ -644,6 +602,7 @@ class Phase:
     @torch.no_grad()
     def evaluate(self, dialogues: list[Dialogue]) -> dict[str, float]:
         """The figures of dialogues that are not trained on."""
+        self.model.eval()
         torch.manual_seed(self.config.seed)
         sums = torch.zeros(len(self.names) + 1, device=self.device)
         for part in batches_of(dialogues, PART)[RANK::WORLD]:
@@ -651,7 +610,10 @@ class Phase:
         return self.means(global_sum(sums).cpu())
 
     def means(self, sums: Tensor) -> dict[str, float]:
-        return dict(zip(self.names, (sums[1:] / sums[0]).tolist()))
+        figures = dict(zip(self.names, (sums[1:] / sums[0]).tolist()))
+        if self.name == "phase2":
+            figures["perplexity"] = math.exp(min(figures["loss"], 99))
+        return figures
 
 def batches_of(dialogues: list[Dialogue], tokens: int) -> list[list[int]]:
     """Numbers of dialogues of like length, at most `tokens` together with padding, or one."""
@@ -667,21 +629,17 @@ def pad(tensors: Iterator[Tensor], device: torch.device) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True).to(device)
 
 # --- 6. Phase 1: learn the contexts of all tokens at once, without a softmax over the vocabulary --
-
 NEGATIVES, DIVERSITY, CONVERGED = 1023, 0.9, 0.01  # wrong words; w; mean squared change
 
 class Phase1(Phase):
-    """Contexts that settle and differ: loss = (1 - w) CVFP + w diversity, w being DIVERSITY.
-
-    CVFP, context vector fixed point, is the mean squared change of a context since the last pass.
-    Diversity is asked for by InfoNCE (van den Oord et al. 2018): tell the next word from NEGATIVES
-    others, by the token block's own score. That is alignment and uniformity (Wang & Isola 2020),
-    and uniformity is diversity, spent on what tells words apart."""
+    """Contexts that settle and differ: loss = (1 - w) CVFP + w diversity, w being DIVERSITY. CVFP,
+    context vector fixed point, is the mean squared change of a context since the last pass.
+    Diversity is InfoNCE (van den Oord et al. 2018): tell the next word from NEGATIVES others by the
+    token block's score, which spreads contexts out (uniformity: Wang & Isola 2020)."""
     name, names, groups = "phase1", ("loss", "change", "converged"), ("model", "Phase 1")
-    patience, keep_best = 2, True
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
-        self.epochs = model.config.iterations
+        self.epochs, self.patience = model.config.iterations, 2
         super().__init__(model, train, val, ("cell", "hidden", "out", "embed"))
         self.negative_weights = torch.bincount(torch.cat([d.ids for d in train])).double().sqrt()
         say(f"\nPhase 1: contexts of {count(train)[0]:,} tokens, in at most {self.epochs} passes\n"
@@ -690,9 +648,8 @@ class Phase1(Phase):
 
     def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, dict]:
         """Of some dialogues: loss; sums of words, contrast, change, converged; states."""
-        self.model.train(dialogues is self.train)
         ids = pad((dialogues[i].ids for i in part), self.device)
-        before = self.states.get(tuple(part)) if dialogues is self.train else None
+        before = self.states.get(tuple(part)) if self.model.training else None
         states, at = self.model.states(ids, guess=before), ids[:, 1:] != UNK
         x, s, y = self.model.read(ids)[:, :-1][at], states[:, :-1][at], ids[:, 1:][at]
         q = self.model.query(x, s)  # x whole: where it is dropped, contexts learn to repeat it
@@ -712,8 +669,8 @@ class Phase1(Phase):
     def report(self):
         """Say whether Phase 2's contexts are those of a chat, and warn of two ways to fail."""
         ids = max((d.ids for d in self.train), key=len)[None].to(self.device)
-        walked, states = (self.model.eval().states(ids, solver=solver)[0]
-                          for solver in ("sequential", "parallel"))
+        walked = self.model.eval().states(ids, solver="sequential")[0]
+        states = self.model.states(ids, solver="parallel")[0]
         w, c = context(walked), context(states)
         same = F.cosine_similarity(walked[1:], walked[:-1]).mean()
         alike = F.normalize(c, dim=-1).mean(0).pow(2).sum()
@@ -731,52 +688,41 @@ def effective_rank(c: Tensor) -> float:
     return torch.special.entr(p).sum().exp().item() / c.shape[1]
 
 # --- 7. Phase 2: learn to predict the assistant's words -------------------------------------------
-
 HOLES = 0.1  # share of the words that the context block is not shown
 
 class Phase2(Phase):
-    """Cross entropy of the assistant's words, with the token block that Phase 1 has begun.
-
-    Where new text is to be predicted, these contexts are made with dropout, and with a share HOLES
-    of the words hidden. Contexts that know the text by heart would teach the token block to trust
-    them more than it can in a chat. Validation has neither, as a chat has not."""
+    """Cross entropy of the assistant's words, with the token block that Phase 1 has begun. To learn
+    for new text, contexts are made with dropout and a share HOLES of the words hidden: those that
+    know the text by heart would be trusted more than a chat's deserve. Validation has neither."""
     name, names, groups = "phase2", ("loss", "right"), ("model", "Phase 1", "Phase 2")
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         config, joint = model.config, model.config.joint
         self.epochs, self.patience = config.epochs, config.patience
-        self.keep_best = not config.by_heart
         model.cell.requires_grad_(joint)
         model.embed.requires_grad_(joint and config.embeddings == "learned")
         super().__init__(model, train, val, ("",))
         torch.manual_seed(config.seed)
         share = 0 if config.by_heart else HOLES
         self.shown = [d.ids.masked_fill(torch.rand(len(d.ids)) < share, UNK) for d in train]
-        say(f"\nPhase 2: {count(train)[1]:,} words to predict; "
-            f"{'context and token block learn together' if joint else 'contexts are frozen'}\n"
+        how = "context and token block learn together" if joint else "contexts are frozen"
+        say(f"\nPhase 2: {count(train)[1]:,} words to predict; {how}\n"
             f"  loss: nats per word; right: share that it would have said; perplexity: e^loss")
 
     def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, dict]:
         """Of some dialogues: loss; sums of words, of loss, of words that were right; states."""
-        training, joint = dialogues is self.train, self.config.joint
-        self.model.train(training)
         ids, mask = (pad(x, self.device) for x in zip(*(dialogues[i] for i in part)))
-        states, new = self.states.get(tuple(part)) if training else None, {}
+        states, new = self.states.get(tuple(part)) if self.model.training else None, {}
         if states is None:
-            shown = pad((self.shown[i] for i in part), self.device) if training else ids
-            states = self.model.states(shown)
-            new = {} if joint else {tuple(part): states.cpu()}
+            holes = (self.shown[i] for i in part)
+            states = self.model.states(pad(holes, self.device) if self.model.training else ids)
+            new = {} if self.config.joint else {tuple(part): states.cpu()}
         states, at = states.to(self.device), mask[:, 1:]
         z, y = self.model.logits(ids[:, :-1][at], states[:, :-1][at]), ids[:, 1:][at]
         loss, right = F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
         return loss, torch.stack([at.sum(), loss, right]).detach(), new
 
-    def means(self, sums: Tensor) -> dict[str, float]:
-        found = super().means(sums)
-        return found | dict(perplexity=math.exp(min(found["loss"], 99)))
-
 # --- 8. Helpers that a first reading may skip: processes, files, devices; and main() --------------
-
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 def global_sum(x: Tensor) -> Tensor:
@@ -804,14 +750,11 @@ def explained(what: str, way_out: str):
 
 def save(path: Path, write: Callable):
     """Let write() make a file, whole or not at all. Raises UserError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with explained(f"cannot write {path}", "free space, or name another folder: --out or --cache"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            write(Path(folder, path.name))
+            os.replace(Path(folder, path.name), path)
 
 def read_checkpoint(path: Path) -> tuple[NewLLM, dict]:
     """The model that save() wrote, and all the rest; no code in it is run. Raises UserError."""
@@ -835,13 +778,12 @@ def free_memory(device: torch.device) -> tuple[int, int]:
     return free - peak, free - used
 
 def gpt2_table(name: str, cache: str) -> Tensor:
-    """GPT-2's embeddings (50257, 768), of a .safetensors file with wte.weight, or of the hub's, of
-    which only these 154 of 548 MB are read, once. Raises UserError."""
+    """GPT-2's embeddings (50257, 768), wte.weight of a .safetensors file, or of the hub's, of which
+    only these 154 of 548 MB are read, once. Raises UserError."""
     from safetensors.torch import load_file, save_file
     hub = name in ("auto", "gpt2")
     path = Path(cache, "gpt2-wte.safetensors") if hub else Path(name)
-    with explained(f"--embeddings {name} cannot be had", "go online once, name GPT-2's table as a "
-                   ".safetensors file, or give learned"):
+    with explained(f"--embeddings {name} cannot be had", "go online, or give a file, or learned"):
         if hub and not path.exists():
             HfApi().model_info("openai-community/gpt2", timeout=5)  # fails at once without network
             with HfFileSystem().open("openai-community/gpt2/model.safetensors") as file:
@@ -859,17 +801,16 @@ def gpt2_table(name: str, cache: str) -> Tensor:
 def make_model(config: Config, vocab: Tensor) -> NewLLM:
     """A fresh model with the embeddings that --embeddings asks for, or UserError."""
     table = None
-    if config.embeddings != "learned":
-        try:
+    try:
+        if config.embeddings != "learned":
             table = gpt2_table(config.embeddings, config.cache)
-            config = replace(config, embed_dim=table.shape[1])
-        except UserError as e:
-            if config.embeddings != "auto":
-                raise
-            say(f"embeddings: {e}; learned instead")
-            config = replace(config, embeddings="learned")
+    except UserError as e:
+        if config.embeddings != "auto":
+            raise
+        say(f"embeddings: {e}; learned instead")
+    changes = dict(embeddings="learned") if table is None else dict(embed_dim=table.shape[1])
     torch.manual_seed(config.seed)
-    model = NewLLM(config, len(vocab))
+    model = NewLLM(replace(config, **changes), len(vocab))
     model.vocab.copy_(vocab)
     if table is not None:
         model.embed.weight.data.normal_(std=table.std().item())  # for <unk> and ChatML's two
@@ -885,7 +826,7 @@ def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
             text = tokenizer.decode([i for i, _ in part])
             print(on + text + off if target else text, end="")
 
-def train_model(config: Config) -> Optional[NewLLM]:
+def train_model(config: Config) -> NewLLM | None:
     """Both phases. Returns the model to chat with."""
     device = pick_device(config.device)
     if RANK > 0:
@@ -899,24 +840,18 @@ def train_model(config: Config) -> Optional[NewLLM]:
     model = make_model(config, vocab).to(device)
     if RANK == 0:
         global_sum(torch.zeros(1, device=device))
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    tables = sum(sizes.get(name, 0) for name in TABLES)
-    say(f"model: {sum(sizes.values()) - tables:,} parameters, {tables:,} of embeddings, {device}")
-    with torch.no_grad():  # the probe is for those who edit the cell
-        probe = model.states(train[0].ids[None].to(device)).mean().item()
-    same = [probe, vocab.tolist(), *(d.ids.tolist() for d in train + val)]
-    key = hashlib.sha256(json.dumps(same).encode()).hexdigest()
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    probe = model.states(train[0].ids[None].to(device)).mean().item()  # changes with the cell
+    key = hash((probe, *(tuple(ids.tolist()) for ids in [vocab, *(d.ids for d in train + val)])))
     if config.resume and not any(Path(config.out).glob("phase?-last.pt")):
         raise UserError(f"--resume: no checkpoint in {config.out}; train first, or name its --out")
     if config.iterations:
-        phase = Phase1(model, train, val)
-        phase.fit(key)
-        phase.report()
+        Phase1(model, train, val).fit(key).report()
     model.head.weight.data.copy_(model.embed.weight)
     Phase2(model, train, val).fit(key)
     return model.eval()
 
-def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
+def main(argv: list[str] | None = None) -> NewLLM | None:
     """Train as the options say. Returns the model. In a notebook sys.argv is not ours: ignored."""
     start, notebook = time.perf_counter(), hasattr(builtins, "__IPYTHON__")
     torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
@@ -932,10 +867,9 @@ def main(argv: Optional[list[str]] = None) -> Optional[NewLLM]:
             say(f"data: no {Config.data} here, as when pasted into a notebook; UltraChat instead")
         model = train_model(config)
         if model and RANK == 0:
-            where = "" if config.out == Config.out else f" --checkpoint {config.out}"
-            print(f"\ndone in {time.perf_counter() - start:.0f} s, checkpoints in {config.out}/\n\n"
-                  f"You: who are you?\nNew-LLM: {answer(model, 'who are you?')}\n\n"
-                  f"chat with it: python chat.py{where}")
+            print(f"\ndone in {time.perf_counter() - start:.0f} s\n\nYou: who are you?\nNew-LLM: "
+                  f"{answer(model, 'who are you?')}\n\n"
+                  f"chat with it: python chat.py --checkpoint {config.out}")
         return model
     except (UserError, ModuleNotFoundError) as e:
         if notebook:
