@@ -1,7 +1,6 @@
 """What New-LLM promises, one sentence each:  python -m pytest -q"""
-import argparse, builtins, contextlib, http.server, importlib.util, io, itertools, json, math, os
-import random, re, resource, shlex, shutil, statistics, subprocess, sys, tempfile, threading, time
-import types
+import argparse, builtins, contextlib, http.server, io, itertools, json, math, os, random, re
+import resource, shlex, shutil, statistics, subprocess, sys, tempfile, threading, time, types
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.utils.benchmark import Timer
 import chat
 import newllm
 from newllm import (IM_END, IM_START, UNK, Cell, Config, Dialogue, NewLLM, Phase, Phase1, Phase2,
-                    Tokenizer, answer, load, read_checkpoint, solve, walk)
+                    Tokenizer, answer, context, load, read_checkpoint, solve, walk)
 
 REPO = Path(newllm.__file__).resolve().parent
 TINY = ("--embed-dim 32 --context-dim 32 --hidden-dim 64 --iterations 3 --epochs 3 "
@@ -53,9 +52,6 @@ def train(model, ids, steps):
         optimizer.step()
         found.append(loss.item())
     return found
-
-def contexts(states):
-    return F.layer_norm(states, states.shape[-1:])
 
 def run(options, code=0, program=newllm):
     """newllm.py or chat.py in this process: what it prints, after checking the exit code."""
@@ -115,7 +111,7 @@ def test_contexts_of_all_tokens_at_once_are_those_of_token_by_token_reading(T, m
     for guess, most in ((None, 8), (walked, 1)):
         parallel, starts, sweeps = solve(model.cell, u, s0, guess)
         assert 1 <= sweeps <= most and torch.equal(starts[:, 0], s0)
-        assert (contexts(parallel) - contexts(walked)).abs().max() <= 1e-4
+        assert (context(parallel) - context(walked)).abs().max() <= 1e-4
 
 @pytest.mark.parametrize("make", [deep, trained])
 def test_the_parallel_gradient_is_that_of_backpropagation_through_time(make):
@@ -123,7 +119,7 @@ def test_the_parallel_gradient_is_that_of_backpropagation_through_time(make):
     s0, weights, gradients = torch.rand(2, 24) - 0.5, torch.randn(2, 300, 24), []
     learns = (s0.requires_grad_(), *model.cell.parameters(), model.embed.weight)
     for model.config.solver in ("parallel", "sequential"):
-        loss = (contexts(model.states(ids, s0)) * weights).sum()
+        loss = (context(model.states(ids, s0)) * weights).sum()
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, learns)]))
     assert F.cosine_similarity(*gradients, dim=0) >= 0.9999
 
@@ -309,7 +305,7 @@ def test_cached_contexts_are_those_that_a_chat_will_see(model):
         state = None
         for token, found in zip(dialogue.ids, cached[0]):  # one by one, as generation does
             state = model.states(token.view(1, 1), state)[:, -1]
-            assert (contexts(state) - contexts(found[None])).abs().max() <= 1e-4
+            assert (context(state) - context(found[None])).abs().max() <= 1e-4
 
 def test_a_second_run_skips_phase_1(small_run, monkeypatch):
     monkeypatch.chdir(small_run[0])
@@ -587,7 +583,6 @@ def test_without_a_network_there_is_one_line_within_seconds(options, want, code)
     assert want in said and time.perf_counter() - start < 30
     assert said.count("\n") == 1 or not code
 
-# ------------------------------------------------------------------------------------------------
 # What follows runs as a script: the benchmark, the comparison, the exhibit of the original
 
 def seconds(function):
@@ -619,13 +614,13 @@ def bench_contexts(shapes, device):
         torch.manual_seed(0)
         cell, C = Cell(preset(name)).to(device), preset(name).context_dim
         rnn, s0 = nn.GRU(256, C, batch_first=True).to(device), torch.zeros(1, C, device=device)
-        x = contexts(torch.randn(1, T, 256, device=device))
+        x = context(torch.randn(1, T, 256, device=device))
         u = cell.token_in(x)
         states, _, sweeps = solve(cell, u, s0)
         loop, solver, gru = (1000 * seconds(function) for function in (
             lambda: walk(cell, u, s0), lambda: solve(cell, u, s0), lambda: rnn(x)))
         true = walk(cell.double(), cell.token_in(x.double()), s0.double())[0]
-        error = (contexts(states.double()) - contexts(true)).abs().max().item()
+        error = (context(states.double()) - context(true)).abs().max().item()
         yield dict(preset=name, T=T, loop=loop, solver=solver, sweeps=sweeps, gru=gru, error=error)
 
 def bench_training(names, device):
@@ -677,7 +672,7 @@ def bench_original(tokens, iterations, C, device):
         start, before = time.perf_counter(), torch.zeros(1, tokens, C, device=device)
         for _ in range(measured):
             states = model.states(ids.to(device), guess=before)
-            original_step(optimizer, contexts(states[0]), contexts(before[0]))
+            original_step(optimizer, context(states[0]), context(before[0]))
             before = states.detach()
         before.sum().item()  # a GPU has finished
         taken = (time.perf_counter() - start) * iterations / measured
@@ -788,14 +783,13 @@ def compare(o, device):
         while left and (not tried or time.perf_counter() - start + len(o.seeds) * max(
                 r["seconds"] for r in tried) < 60 * o.budget / len(o.models)):
             tried.append(train_one(kind, parts, V, o.seeds[0], left.pop(0), device))
-            print("{model}: validation {val:.1f} in {seconds:.0f} s, {choice}".format(**tried[-1]))
+            print("{model}: validation {val:.1f}, {seconds:.0f} s, {choice}".format(**tried[-1]))
         for choice in left:
             print(f"{kind}: its share of the budget is used, not tried: {choice}")
         best = min(tried, key=lambda r: r["val"])
         runs = [best] + [train_one(kind, parts, V, seed, best["choice"], device)
                          for seed in o.seeds[1:]]
-        print("{}: mean test perplexity {:.1f}, {:.1%} of the words right".format(
-            kind, *(statistics.mean(r[k] for r in runs) for k in ("test", "right"))))
+        print(f"{kind}: mean test perplexity {statistics.mean(r['test'] for r in runs):.1f}")
         yield from (r | dict(data=o.compare) for r in runs)
 
 def scaling(o, device):
@@ -818,7 +812,7 @@ class OriginalCell(Cell):
     def forward(self, u, s):
         f, i, d = self.gates(F.silu(u + self.state_in(s))).chunk(3, dim=-1)
         s = torch.sigmoid(f) * s + torch.sigmoid(i) * torch.tanh(d)
-        return contexts(s), torch.sigmoid(f)
+        return context(s), torch.sigmoid(f)
 
 def original_step(optimizer, c, before):
     """One step on the original's loss: contexts' change, minus the norm of their deviations."""
@@ -853,7 +847,7 @@ def exhibit(device, samples=100):
         phase, _ = both_phases(model, train, val, jacobis if taken else None)
         walked, cached = ([model.states(d.ids[None].to(device), solver=solver)[0].cpu()
                            for d in train] for solver in ("sequential", model.config.solver))
-        w, c = contexts(torch.cat(walked)), contexts(torch.cat(jacobis if taken else cached))
+        w, c = context(torch.cat(walked)), context(torch.cat(jacobis if taken else cached))
         left = dict(distance=(c - w).pow(2).mean().item(), rank=newllm.effective_rank(c[::4]))
         yield left | phase.evaluate(val) | dict(contexts=how)
 
@@ -894,10 +888,9 @@ def plot(o, device, rows):
     for k, model in enumerate(dict.fromkeys(row["model"] for row in runs)):
         found = [[r["test"] for r in runs if (r["model"], r["data"]) == (model, text)]
                  for text in texts]
-        means = [statistics.mean(f) for f in found]
-        spread = [[m - min(f), max(f) - m] for m, f in zip(means, found)]
-        bars = axes.bar([i + 0.27 * k for i in range(len(texts))], means, 0.25,
-                        yerr=[*zip(*spread)], color=f"C{k}", label=model)
+        at, means = [i + 0.27 * k for i in range(len(texts))], [*map(statistics.mean, found)]
+        bars = axes.bar(at, means, 0.25, color=f"C{k}", label=model)
+        axes.vlines(at, [*map(min, found)], [*map(max, found)], color="black")
         axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
     axes.set_xticks([i + 0.27 for i in range(len(texts))], [Path(text).stem for text in texts])
     axes.set_title("Perplexity of unseen answers, lower is better (line: seeds)", fontsize=11)
@@ -932,10 +925,11 @@ def script():
     machine = (f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, torch "
                f"{torch.__version__}, {torch.get_num_threads()} threads, {time.ctime()}")
     print(machine)
-    if o.plot and not importlib.util.find_spec("matplotlib"):
-        print("--plot needs a package: pip install matplotlib")
-    elif o.plot:
-        plot(o, device, rows)
+    if o.plot:
+        try:
+            plot(o, device, rows)
+        except ModuleNotFoundError as e:
+            print(f"--plot needs a package: pip install {e.name}")
     elif o.compare:
         keep(rows, "comparison", compare, o, device)
     elif o.scaling:
@@ -947,7 +941,7 @@ def script():
         keep(rows, "contexts", bench_contexts, [("small", 1024)] if o.quick else shapes, device)
         keep(rows, "training", bench_training, ["small", "medium"][:2 - o.quick], device)
         keep(rows, "decoding", bench_decoding, POSITIONS[:3 - o.quick], device)
-        exercise = (640, 3, 256) if o.quick else (6400, 10, 768)
+        exercise = [640, 3, 256] if o.quick else [6400, 10, 768]
         keep(rows, "exercise", bench_original, *exercise, device)
     if o.json:
         Path(o.json[0]).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
