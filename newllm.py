@@ -525,10 +525,10 @@ class Phase:
                            phase=self.name, progress=(epoch, lowest, waited), figures=figures)
             to_go_on = dict(states=self.states, optimizer=self.optimizer.state_dict(),
                             schedule=self.schedule.state_dict())
-            if RANK == 0:
-                save(last, lambda file: torch.save(to_chat | to_go_on, file))
             if RANK == 0 and gained:
                 save(best, lambda file: torch.save(to_chat, file))
+            if RANK == 0:
+                save(last, lambda file: torch.save(to_chat | to_go_on, file))
         global_sum(torch.zeros(1, device=self.device))  # all wait until the best is written
         if self.patience:
             self.model.load_state_dict(torch.load(best, self.device, weights_only=True)["model"])
