@@ -45,13 +45,13 @@ class Config:
     val_data: str = option("data", "", "the same kinds, to validate on")
     samples: int = option("data", 10, "dialogues to read; 0: all, as with a file of yours", least=0)
     max_len: int = option("data", 512, "tokens after which a dialogue is cut", least=2)
-    embeddings: str = option("model", "learned", "or gpt2 (frozen), auto (gpt2 if online), a file")
+    embeddings: str = option("model", "learned", "learned, gpt2 (frozen), auto (either), or a file")
     embed_dim: int = option("model", 256, "E of learned embeddings; GPT-2's have 768")
     num_layers: int = option("model", 1, "hidden layers of each of the two blocks")
     context_dim: int = option("model", 128, "C, numbers in the state")
     hidden_dim: int = option("model", 256, "H, units of a hidden layer")
     token_input_all_layers: bool = option("model", False, "feed the token to all hidden layers")
-    dropout: float = option("model", 0.0, "of numbers in x, and of units", least=0, most=1)
+    dropout: float = option("model", 0.0, "share of x and of units dropped", least=0, most=1)
     solver: str = option("model", "auto", "of the states", ("auto", "parallel", "sequential"))
     joint: bool = option("model", False, "Phase 2 trains the context block too")
     seed: int = option("model", 42, "of everything random", least=0, most=2 ** 31)
@@ -88,9 +88,9 @@ PRESETS = {  # what it is for, and what it changes
 
 def parse(argv: list[str]) -> Config:
     """The command line as a Config."""
-    parser = argparse.ArgumentParser("newllm.py", None, __doc__.partition("\nThe letters")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "newllm.py", "newllm.py [options]", __doc__.partition("\nThe letters")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     def fail(message):
         raise UserError(f"{message} (python newllm.py --help lists the options)")
     parser.error = fail
