@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait give way on a busy machine
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, HfFileSystem, PyTorchModelHubMixin
@@ -828,6 +829,8 @@ def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
 
 def train_model(config: Config) -> NewLLM | None:
     """Both phases. Returns the model to chat with."""
+    if config.resume and not any(Path(config.out).glob("phase?-last.pt")):
+        raise UserError(f"--resume: no checkpoint in {config.out}; train first, or name its --out")
     device = pick_device(config.device)
     if RANK > 0:
         global_sum(torch.zeros(1, device=device))  # wait until the first has downloaded everything
@@ -842,9 +845,7 @@ def train_model(config: Config) -> NewLLM | None:
         global_sum(torch.zeros(1, device=device))
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     probe = model.states(train[0].ids[None].to(device)).mean().item()  # changes with the cell
-    key = hash((probe, *(tuple(ids.tolist()) for ids in [vocab, *(d.ids for d in train + val)])))
-    if config.resume and not any(Path(config.out).glob("phase?-last.pt")):
-        raise UserError(f"--resume: no checkpoint in {config.out}; train first, or name its --out")
+    key = hash((round(probe, 5), *(tuple(ids.tolist()) for ids in [vocab, *(d.ids for d in train + val)])))
     if config.iterations:
         Phase1(model, train, val).fit(key).report()
     model.head.weight.data.copy_(model.embed.weight)

@@ -855,7 +855,7 @@ def exhibit(device, samples=100):
 POSITIONS = [1000, 10_000, 100_000]  # at which decoding is measured
 PICTURES = {  # table, x, labels of the axes, title with numbers of the last row; lines: y
     "contexts": ("curve", "T", "tokens of one dialogue", "milliseconds for all contexts",
-        "{T:,} tokens: {solver:,.0f} ms (error {error:.0e}), token loop {loop:,.0f} ms",
+        "{preset}, {T:,} tokens: {solver:,.0f} ms (error {error:.0e}), loop {loop:,.0f} ms",
         dict(loop=("C0o--", "New-LLM, token by token"), gru=("C1s-", "GRU of torch"),
              solver=("C0o-", "New-LLM, parallel solver"))),
     "memory": ("decoding", "position", "tokens read", "bytes carried to the next token",
