@@ -500,9 +500,11 @@ class Phase:
 
     def fit(self, key: int = 0):
         """Train until the epochs are over, or `patience` of them have gained nothing. Returns self.
-        Goes on from a last checkpoint of the same settings and `key`: data, cell, first weights."""
+        Goes on from a last checkpoint of the same settings and `key`: data, cell, first weights;
+        Phase 2 with --resume only."""
         best, last = (Path(self.config.out, f"{self.name}-{kind}.pt") for kind in ("best", "last"))
-        epoch, lowest, waited = self.resume(last, key) if last.exists() else (0, math.inf, 0)
+        wanted = last.exists() and (self.config.resume or self.name == "phase1")
+        epoch, lowest, waited = self.resume(last, key) if wanted else (0, math.inf, 0)
         start, first, writer = time.perf_counter(), epoch, None
         if self.config.tensorboard and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -536,7 +538,7 @@ class Phase:
         return self
 
     def resume(self, last: Path, key: int) -> tuple[int, float, int]:
-        """Take over the last checkpoint, in Phase 2 with --resume only. Returns its progress."""
+        """Take over the last checkpoint, if it is of this run. Returns its progress, or none."""
         old, new = read_checkpoint(last)[1], asdict(self.config)
         names = [f.name for f in fields(Config) if f.metadata["group"] in self.groups]
         other = [f"{flag(k)} {old['config'][k]}, not {new[k]}" for k in names
@@ -544,7 +546,7 @@ class Phase:
         other += ["other data or another cell"] * (old["key"] != key)
         if other and self.config.resume:
             raise UserError(f"--resume: {last} has {other[0]}; undo that, or take another --out")
-        if other or not (self.config.resume or self.name == "phase1"):
+        if other:
             return 0, math.inf, 0
         for part in ("model", "optimizer", "schedule"):
             getattr(self, part).load_state_dict(old[part])
@@ -844,8 +846,10 @@ def train_model(config: Config) -> NewLLM | None:
     if RANK == 0:
         global_sum(torch.zeros(1, device=device))
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
-    probe = model.states(train[0].ids[None].to(device)).mean().item()  # changes with the cell
-    key = hash((round(probe, 5), *(tuple(ids.tolist()) for ids in [vocab, *(d.ids for d in train + val)])))
+    with torch.no_grad():
+        probe = model.states(train[0].ids[None].to(device)).mean().item()  # changes with the cell
+    texts = [tuple(ids.tolist()) for ids in (vocab, *(d.ids for d in train + val))]
+    key = hash((round(probe, 5), *texts))
     if config.iterations:
         Phase1(model, train, val).fit(key).report()
     model.head.weight.data.copy_(model.embed.weight)
