@@ -35,6 +35,8 @@ from tqdm import tqdm
 class UserError(ValueError):
     """Something the user can mend: printed as one line, exit code 2, no traceback."""
 
+SHIPPED = "data/chats.jsonl" if Path("data/chats.jsonl").exists() else "ultrachat"  # a notebook
+
 def option(group, default, help, choices=None, least=1, most=1e30):
     """A field of Config, and how the command line shows and checks it."""
     return field(default=default, metadata=locals())
@@ -42,7 +44,7 @@ def option(group, default, help, choices=None, least=1, most=1e30):
 @dataclass
 class Config:
     """Every setting of a run. A preset changes some defaults, the command line any of them."""
-    data: str = option("data", "data/chats.jsonl", "ultrachat, a hub dataset, .jsonl or .txt file")
+    data: str = option("data", SHIPPED, "ultrachat, a hub dataset, .jsonl or .txt file")
     val_data: str = option("data", "", "the same kinds, to validate on")
     samples: int = option("data", 10, "dialogues to read; 0: all, as with a file of yours", least=0)
     max_len: int = option("data", 512, "tokens after which a dialogue is cut", least=2)
@@ -59,8 +61,8 @@ class Config:
     iterations: int = option("Phase 1", 40, "passes over the data; 0: contexts untrained", least=0)
     learning_rate: float = option("Phase 1", 4e-3, "AdamW's peak, in both phases", least=1e-9)
     batch_tokens: int = option("Phase 1", 64, "of an optimizer step, in both phases")
+    patience: int = option("Phase 1", 0, "passes without gain until it stops; 0: by heart", least=0)
     epochs: int = option("Phase 2", 40, "passes over the data")
-    patience: int = option("Phase 2", 0, "passes without gain until it stops; 0: by heart", least=0)
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("machine", "auto", "of the token block", ("auto", "float32", "bfloat16"))
     cache_gb: float = option("machine", 4.0, "GB for states, or they are computed again", least=0)
@@ -75,7 +77,6 @@ class Config:
             value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
             if f.type in (int, float) and not least <= value <= most:
                 raise UserError(f"{flag(f.name)} {value}: give {least:g} to {most:g}")
-        self.by_heart = self.patience == 0  # learn these dialogues, or learn from them for others?
 
 PRESETS = {  # what it is for, and what it changes
     "small": ("ten dialogues by heart, in seconds (this is the default)", {}),
@@ -84,7 +85,7 @@ PRESETS = {  # what it is for, and what it changes
         hidden_dim=512, iterations=20, learning_rate=3e-3, batch_tokens=512)),
     "large": ("1,000 dialogues of UltraChat, to answer new questions", dict(
         data="ultrachat", samples=1000, max_len=1024, embeddings="auto", num_layers=4,
-        context_dim=512, hidden_dim=1024, dropout=0.3, iterations=16, epochs=6, patience=2,
+        context_dim=512, hidden_dim=1024, dropout=0.4, iterations=24, epochs=12, patience=2,
         learning_rate=2e-3, batch_tokens=2048))}
 
 def parse(argv: list[str]) -> Config:
@@ -121,10 +122,9 @@ class Tokenizer:
     """Text to token ids and back: GPT-2's byte pairs (r50k_base of github.com/openai/tiktoken).
     vocab (V,) says which byte pair an id stands for, from 3 on; None: all 50,256 in their order."""
     def __init__(self, vocab: Tensor | None = None):
-        import tiktoken
-        if Path("data/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").exists():  # its name for r50k_base
-            os.environ.setdefault("TIKTOKEN_CACHE_DIR", "data")
-        with explained("tiktoken cannot load r50k_base", "go online once, or start where data/ is"):
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "data")  # which has it, or will have it
+        with explained("no tokenizer", "pip install tiktoken; go online once or start above data/"):
+            import tiktoken
             self.pairs = tiktoken.get_encoding("r50k_base")
         self.vocab = torch.arange(-3, 50256) if vocab is None else vocab.cpu()
         self.id_of = {pair: i for i, pair in enumerate(self.vocab.tolist()) if pair >= 0}
@@ -157,9 +157,8 @@ def is_file(name: str) -> bool:
     """A local file, existing or meant; anything else is a name on the Hugging Face hub."""
     return Path(name).suffix in (".jsonl", ".json", ".txt") or Path(name).exists()
 
-def download(name: str, config: Config, training: bool) -> Path:
+def download(name: str, split: str, most: int, config: Config) -> Path:
     """The first dialogues of a dataset on the hub, streamed into a .jsonl file in the cache."""
-    split, most = ("train", config.samples) if training else ("test", 100)
     if name == "ultrachat":
         name, split = "HuggingFaceH4/ultrachat_200k", f"{split}_sft"
     path = Path(config.cache, f"{name.replace('/', '--')}-{split}-{most or 'all'}.jsonl")
@@ -187,40 +186,46 @@ def messages_in(text: str, path: Path) -> Iterator[list[tuple[str, str]]]:
                     raise ValueError(f"roles {sorted(roles)}")
             yield messages
 
-def read(name: str, config: Config, tokenizer: Tokenizer, training: bool) -> list[Dialogue]:
-    """Dialogues of a file or a dataset; of a .txt file pieces, every token a target."""
-    path = Path(name) if is_file(name) else download(name, config, training)
-    most = config.samples if training and config.samples else None
+def read(name: str, split: str, most: int, config: Config, tokenizer: Tokenizer) -> list[Dialogue]:
+    """The first `most` dialogues of a file or a dataset, 0: all, cut at max_len; of a .txt file
+    pieces of at most a tenth, every token a target."""
+    path = Path(name) if is_file(name) else download(name, split, most, config)
+    limit = config.max_len
     with explained(f"cannot read {path}", "give a .jsonl, .json or .txt file in UTF-8"):
         text = path.read_text("utf-8-sig")
-    if path.suffix != ".txt":
-        return [tokenizer.dialogue(m) for m in itertools.islice(messages_in(text, path), most)]
-    ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
-    size = config.max_len if config.by_heart else min(config.max_len, math.ceil(len(ids) / 10))
-    return [Dialogue(p, torch.ones_like(p, dtype=bool)) for p in ids.split(max(2, size))][:most]
+    if path.suffix == ".txt":
+        ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
+        size = min(limit, math.ceil(len(ids) / 10)) if config.patience else limit
+        found = [Dialogue(p, torch.ones_like(p, dtype=bool)) for p in ids.split(max(2, size))]
+    else:
+        found = map(tokenizer.dialogue, messages_in(text, path))
+    found = list(itertools.islice(found, most or None))
+    used = [Dialogue(d.ids[:limit], d.mask[:limit]) for d in found if d.mask[1:limit].any()]
+    cut = sum(len(d.ids) > limit for d in found)
+    print(f"{path}: {len(found)} dialogues, {cut} cut at {limit} tokens, "
+          f"{len(found) - len(used)} without an answer left out")
+    return used
 
 def load(config: Config) -> tuple[list[Dialogue], list[Dialogue], Tensor]:
     """Dialogues to train on, to validate on, and the vocabulary of the former. Raises UserError."""
-    tokenizer, most = Tokenizer(), config.max_len
-    train, val = read(config.data, config, tokenizer, True), []
-    if config.val_data or config.data == "ultrachat" and not config.by_heart:
-        val = read(config.val_data or config.data, config, tokenizer, False)
-    elif not config.by_heart:  # the last tenth of a plain text, or every tenth dialogue
-        tenth = train[-max(1, len(train) // 10):]
-        val = tenth if config.data.endswith(".txt") else train[9::10] or tenth
+    tokenizer = Tokenizer()
+    train, val = read(config.data, "train", config.samples, config, tokenizer), []
+    if config.val_data:
+        most = 0 if is_file(config.val_data) else 100
+        val = read(config.val_data, "test", most, config, tokenizer)
+    elif config.patience and config.data.endswith(".txt"):
+        val = train[-max(1, len(train) // 10):]
+    elif config.patience:
+        val = train[9::10] or train[-1:]
     held_out = {tuple(d.ids.tolist()) for d in val}
     train = [d for d in train if tuple(d.ids.tolist()) not in held_out]
-    n, cut = len(train + val), sum(len(d.ids) > most for d in train + val)
-    train, val = ([Dialogue(ids[:most], mask[:most]) for ids, mask in part if mask[1:most].any()]
-                  for part in (train, val))
     used, train, known = renumbered(train, val)
-    if not train or not known and (config.val_data or not config.by_heart):
+    if not train or not known and (config.val_data or config.patience):
         raise UserError(f"{config.data}: {len(train)} dialogues to train on, {len(known)} others: "
                         "too few; see --val-data and --max-len")
     tokens, targets = count(train)
-    say(f"data: {len(train)} dialogues, {tokens:,} tokens, {targets:,} targets, V = {len(used):,}; "
-        f"{cut} cut at {most} tokens, {n - len(train + val)} without an answer left out")
-    say(f"held out: {len(val)} dialogues; {1 - count(known)[1] / count(val)[1]:.1%} of their "
+    print(f"data: {len(train)} dialogues, {tokens:,} tokens, {targets:,} targets, V={len(used):,}")
+    print(f"held out: {len(val)} dialogues; {1 - count(known)[1] / count(val)[1]:.1%} of their "
         "targets do not occur in the text to learn and do not count" if val else
         "held out: none, all is learned by heart and the figures are those of these dialogues")
     return train, known, tokenizer.vocab[used]
@@ -321,7 +326,7 @@ def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Tensor | None = None) -> tup
         size = starts.std(-1, keepdim=True).clamp(min=1e-3)[:, 1:]  # what is read is LayerNorm(s)
         if n == 1 or (change / size).abs().max() <= TOLERANCE:
             return states.view(B, n * L, C)[:, :T], starts, sweep
-    say(f"solver: {MAX_SWEEPS} sweeps did not reach {TOLERANCE}; walked token by token")
+    print(f"solver: {MAX_SWEEPS} sweeps did not reach {TOLERANCE}; walked token by token")
     states = walk(cell, u, s0)[0]
     starts[:, 1:] = states[:, last]
     return states, starts, 0
@@ -432,8 +437,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         states = self.states(input_ids, state)
         logits, loss = self.logits(input_ids, states), None
         if labels is not None:
-            z, y = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            loss = F.cross_entropy(z, y, reduction="sum") / (y != -100).sum().clamp(min=1)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return Output(loss, logits, states[:, -1])
 
     @torch.no_grad()
@@ -480,17 +484,19 @@ PART = 8192  # tokens computed at a time; for a step on a GPU it is measured how
 
 class Phase:
     """What both phases share. loss() of a part of a batch returns what is to be minimised; sums, of
-    which the first counts words, and the others, divided by it, are the figures `names`; states to
-    keep. What is random in a step follows from its number: a resumed run gives equal figures."""
+    which the first counts words, and the others, divided by it, are the figures `names`; states.
+    What is random in a step follows from its number: a resumed run gives equal figures."""
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue], learns: tuple):
         self.model, self.train, self.val, self.config = model, train, val, model.config
-        self.device, self.states = model.vocab.device, {}  # (B, T, C) of a part, when last computed
-        self.optimizer = torch.optim.AdamW([
-            dict(params=[p], lr=self.config.learning_rate * (TABLE_RATE if name in TABLES else 1))
-            for name, p in model.named_parameters()
-            if name.startswith(learns) and p.requires_grad], fused=True)
-        self.batches = batches_of(train, self.config.batch_tokens)
-        steps = self.epochs * len(self.batches)
+        self.device, self.states = model.vocab.device, {}  # (T, C) of each dialogue, if they fit
+        self.caches = 4 * count(train)[0] * self.config.context_dim <= 1e9 * self.config.cache_gb
+        learning = {name: p for name, p in model.named_parameters()
+                    if name.startswith(learns) and p.requires_grad}
+        self.learning, rate = [*learning.values()], self.config.learning_rate
+        self.optimizer = torch.optim.AdamW(fused=True, params=[
+            dict(params=[p], lr=rate * (TABLE_RATE if name in TABLES else 1))
+            for name, p in learning.items()])
+        steps = self.epochs * len(batches_of(train, self.config.batch_tokens))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(
             1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2)
         cuda, dtype = self.device.type == "cuda", self.config.dtype
@@ -507,21 +513,20 @@ class Phase:
         epoch, lowest, waited = self.resume(last, key) if wanted else (0, math.inf, 0)
         start, first, writer = time.perf_counter(), epoch, None
         if self.config.tensorboard and RANK == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(self.config.tensorboard)
+            with explained("--tensorboard", "pip install tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(self.config.tensorboard)
         while epoch < self.epochs and not 0 < self.patience <= waited:  # patience 0: to the end
-            order = random.Random(self.config.seed + epoch).sample(self.batches, len(self.batches))
-            bar = tqdm(order, f"pass {epoch + 1} of {self.epochs}", disable=None, leave=False)
-            figures = self.means(sum(map(self.step, bar)))
+            figures = self.run(self.train, learn=True)
             if self.val:
-                figures |= {f"held-out {k}": v for k, v in self.evaluate(self.val).items()
+                figures |= {f"held-out {k}": v for k, v in self.run(self.val).items()
                             if k in ("loss", "right", "perplexity")}
             goal = figures.get("held-out loss", figures["loss"])
             gained = goal < lowest - GAIN
             epoch, lowest, waited = epoch + 1, min(lowest, goal), 0 if gained else waited + 1
             left = (time.perf_counter() - start) / (epoch - first) * (self.epochs - epoch)
             shown = [f"{epoch:5d} of {self.epochs}", *(f"{k} {v:.4g}" for k, v in figures.items())]
-            say(" | ".join([*shown, f"{left:.0f} s left"]))
+            print(" | ".join([*shown, f"{left:.0f} s left"]), flush=True)
             for k, v in figures.items() if writer else ():
                 writer.add_scalar(f"{self.name}/{k}", v, epoch)
             to_chat = dict(config=asdict(self.config), model=self.model.state_dict(), key=key,
@@ -532,7 +537,8 @@ class Phase:
                 save(best, lambda file: torch.save(to_chat, file))
             if RANK == 0:
                 save(last, lambda file: torch.save(to_chat | to_go_on, file))
-        global_sum(torch.zeros(1, device=self.device))  # all wait until the best is written
+        if WORLD > 1:
+            dist.barrier()  # until the best is written
         if self.patience:
             self.model.load_state_dict(torch.load(best, self.device, weights_only=True)["model"])
         return self
@@ -551,72 +557,74 @@ class Phase:
         for part in ("model", "optimizer", "schedule"):
             getattr(self, part).load_state_dict(old[part])
         self.states = old["states"]
-        say(f"  going on after pass {old['progress'][0]}, found in {last}")
+        print(f"  going on after pass {old['progress'][0]}, found in {last}")
         return old["progress"]
 
-    def step(self, batch: list[int]) -> Tensor:
-        """One optimizer step on a batch of dialogues. Returns the sums that loss() does. A process
-        computes its share in parts that fit into memory. On a GPU the first step is taken in up to
-        eight, and what they took says how few will do; more follow where memory runs out."""
-        mine, sums = batch[RANK::WORLD], None
-        free = None if self.parts else free_memory(self.device)[1]
-        while sums is None:
+    def run(self, dialogues: list[Dialogue], learn: bool = False) -> dict[str, float]:
+        """One pass over dialogues, to learn from them or only to see. Returns its figures."""
+        batches = batches_of(dialogues, self.config.batch_tokens)
+        order = random.Random(self.config.seed + self.schedule.last_epoch // len(batches))
+        bar = tqdm(order.sample(batches, len(batches)), disable=None, leave=False)
+        self.model.train(learn)
+        with torch.set_grad_enabled(learn):
+            sums = sum(self.step(dialogues, batch) for batch in bar)
+        figures = dict(zip(self.names, (sums[1:] / sums[0]).tolist()))
+        if "right" in figures:
+            figures["perplexity"] = math.exp(min(figures["loss"], 99))
+        return figures
+
+    def step(self, dialogues: list[Dialogue], batch: list[int]) -> Tensor:
+        """A batch of dialogues and, to learn, an optimizer step. Returns the sums that loss() does.
+        A process computes its share in parts that fit into memory. On a GPU the first step takes up
+        to eight, what they took says how few will do; where memory runs out, they are doubled."""
+        mine, found = batch[RANK::WORLD], None
+        while found is None:
             n = min(self.parts or 8, len(mine))
             try:
-                sums = self.gradients([mine[k::n] for k in range(n)])
+                self.optimizer.zero_grad()
+                found = [self.compute(dialogues, mine[k::n]) for k in range(n)]
             except torch.OutOfMemoryError:
                 if n >= len(mine):
                     raise UserError("not even one dialogue fits into memory; lower --max-len or "
                                     "--hidden-dim") from None
                 self.parts = 2 * n
-                say(f"memory: too little; a step is computed in {2 * n} parts")
+                print(f"memory: too little; a step is computed in {2 * n} parts")
         if not self.parts:
-            taken = n * (free - free_memory(self.device)[0])
-            self.parts = max(1, math.ceil(taken / (0.8 * free)))
-            say(f"memory: {taken / 1e9:.2f} GB a step, {free / 1e9:.2f} free: {self.parts} part(s)")
+            used, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - used
+            self.parts = max(1, math.ceil(n * (peak - used) / (0.8 * free)))
+            print(f"memory: {n * (peak - used) / 1e9:.2f} GB a step, {free / 1e9:.2f} free: "
+                  f"{self.parts} part(s)")
+        sums = torch.zeros(len(self.names) + 1, device=self.device)
+        for part, new in found:
+            sums += part
+            self.states |= new
         if not global_sum(sums).isfinite().all():
             raise UserError(f"the loss is {sums[1]}; train anew with a lower --learning-rate; the "
                             f"last good checkpoint is in {self.config.out}")
-        parameters = [group["params"][0] for group in self.optimizer.param_groups]
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            global_sum(p.grad).div_(sums[0].clamp(min=1))
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
-        self.schedule.step()
+        if self.model.training:
+            for p in self.learning:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                global_sum(p.grad).div_(sums[0].clamp(min=1))
+            nn.utils.clip_grad_norm_(self.learning, 1.0)
+            self.optimizer.step()
+            self.schedule.step()
         return sums.cpu()
 
-    def gradients(self, parts: list[list[int]]) -> Tensor:
-        """Add up the gradients of all parts. Returns their sums, and keeps their states."""
-        self.model.train()
-        self.optimizer.zero_grad()
-        sums, states = torch.zeros(len(self.names) + 1, device=self.device), {}
-        for part in parts:
-            torch.manual_seed(self.config.seed + self.schedule.last_epoch)  # as all processes do
-            with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
-                loss, found, new = self.loss(self.train, part)
+    def compute(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, dict]:
+        """Some dialogues' sums and new states; to learn, their gradients are added up."""
+        learn = self.model.training
+        torch.manual_seed(self.config.seed + learn * self.schedule.last_epoch)  # all processes do
+        ids, mask = (pad(x, self.device) for x in zip(*(dialogues[i] for i in part)))
+        held = [self.states[i] for i in part if learn and i in self.states]
+        before = pad(held, self.device) if len(held) == len(part) else None
+        with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
+            loss, sums, states = self.loss(part, ids, mask, before)
+        if learn:
             loss.backward()
-            sums += found
-            states |= new
-        if sum(s.nbytes for s in self.states.values()) < self.config.cache_gb * 1e9:
-            self.states |= states
-        return sums
-
-    @torch.no_grad()
-    def evaluate(self, dialogues: list[Dialogue]) -> dict[str, float]:
-        """The figures of dialogues that are not trained on."""
-        self.model.eval()
-        torch.manual_seed(self.config.seed)
-        sums = torch.zeros(len(self.names) + 1, device=self.device)
-        for part in batches_of(dialogues, PART)[RANK::WORLD]:
-            sums += self.loss(dialogues, part)[1]
-        return self.means(global_sum(sums).cpu())
-
-    def means(self, sums: Tensor) -> dict[str, float]:
-        figures = dict(zip(self.names, (sums[1:] / sums[0]).tolist()))
-        if self.name == "phase2":
-            figures["perplexity"] = math.exp(min(figures["loss"], 99))
-        return figures
+        new = states.detach().cpu() if learn and self.caches and states is not before else ()
+        lengths = [len(dialogues[i].ids) for i in part]
+        return torch.stack(sums).detach(), {i: s[:n] for i, n, s in zip(part, lengths, new)}
 
 def batches_of(dialogues: list[Dialogue], tokens: int) -> list[list[int]]:
     """Numbers of dialogues of like length, at most `tokens` together with padding, or one."""
@@ -628,7 +636,7 @@ def batches_of(dialogues: list[Dialogue], tokens: int) -> list[list[int]]:
     return batches
 
 def pad(tensors: Iterator[Tensor], device: torch.device) -> Tensor:
-    """Tensors (T,) as one (B, T), filled up with zeros: UNK, and no target."""
+    """Tensors (T, ...) as one (B, T, ...), filled up with zeros: UNK, and no target."""
     return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True).to(device)
 
 # --- 6. Phase 1: learn the contexts of all tokens at once, without a softmax over the vocabulary --
@@ -645,14 +653,12 @@ class Phase1(Phase):
         self.epochs, self.patience = model.config.iterations, 2
         super().__init__(model, train, val, ("cell", "hidden", "out", "embed"))
         self.negative_weights = torch.bincount(torch.cat([d.ids for d in train])).double().sqrt()
-        say(f"\nPhase 1: contexts of {count(train)[0]:,} tokens, in at most {self.epochs} passes\n"
-            f"  loss: nats it takes to tell the next word from {NEGATIVES:,} others; 0 is best\n"
-            f"  change: of contexts since the last pass; converged: mean square below {CONVERGED}")
+        print(f"\nPhase 1: loss, nats it takes to tell the next word from {NEGATIVES:,} others;\n"
+              f"change, of contexts since the last pass; converged, share below {CONVERGED}")
 
-    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, dict]:
-        """Of some dialogues: loss; sums of words, contrast, change, converged; states."""
-        ids = pad((dialogues[i].ids for i in part), self.device)
-        before = self.states.get(tuple(part)) if self.model.training else None
+    def loss(self, part, ids: Tensor, mask: Tensor, before: Tensor | None) -> tuple:
+        """ids, mask (B, T), their states before (B, T, C), in the last pass -> what is to be
+        minimised; sums of words, contrast, change, converged; states (B, T, C)."""
         states, at = self.model.states(ids, guess=before), ids[:, 1:] != UNK
         x, s, y = self.model.read(ids)[:, :-1][at], states[:, :-1][at], ids[:, 1:][at]
         q = self.model.query(x, s)  # x whole: where it is dropped, contexts learn to repeat it
@@ -662,28 +668,27 @@ class Phase1(Phase):
         wrong = (q @ table[negatives].T).masked_fill(y[:, None] == negatives, -math.inf)
         scores = self.model.scale.detach() * torch.cat((right, wrong), 1)
         contrast = F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
-        old = torch.zeros_like(states) if before is None else context(before.to(self.device))
+        old = 0 if before is None else context(before)
         change = (context(states) - old)[:, 1:][at].pow(2).mean(-1)  # 1 in the first pass
         sums = (at.sum(), contrast, change.sum(), (change < CONVERGED).sum())
-        return ((1 - DIVERSITY) * change.sum() + DIVERSITY * contrast,
-                torch.stack(sums).detach(), {tuple(part): states.detach().cpu()})
+        return (1 - DIVERSITY) * change.sum() + DIVERSITY * contrast, sums, states
 
     @torch.no_grad()
     def report(self):
         """Say whether Phase 2's contexts are those of a chat, and warn of two ways to fail."""
-        ids = max((d.ids for d in self.train), key=len)[None].to(self.device)
-        walked = self.model.eval().states(ids, solver="sequential")[0]
-        states = self.model.states(ids, solver="parallel")[0]
-        w, c = context(walked), context(states)
-        same = F.cosine_similarity(walked[1:], walked[:-1]).mean()
+        ids = torch.cat([d.ids for d in self.train])[None, :4096].to(self.device)  # as one text
+        s, found = (self.model.eval().states(ids, solver=solver)[0]
+                    for solver in ("sequential", "parallel"))
+        w, c = context(s), context(found)
+        same = F.cosine_similarity(s[1:], s[:-1]).mean()
         alike = F.normalize(c, dim=-1).mean(0).pow(2).sum()
-        say(f"contexts are {(c - w).pow(2).mean():.0e} from the token loop's, mean square (2 is "
+        print(f"contexts are {(c - w).pow(2).mean():.0e} from the token loop's, mean square (2 is "
             f"unrelated), found in {self.model.sweeps} sweeps; they use {effective_rank(c):.0%} of "
             f"their dimensions\ncosine of two {alike:.2f}, of a state and the next {same:.2f}")
         if same > 0.99:
-            say("warning: identity mapping, the state hardly changes; give more --samples")
+            print("warning: identity mapping, the state hardly changes; give more --samples")
         if alike > 0.95:
-            say("warning: global attractor, all contexts are alike; raise --context-dim")
+            print("warning: global attractor, all contexts are alike; raise --context-dim")
 
 def effective_rank(c: Tensor) -> float:
     """exp(entropy of normalised singular values) / C of (N, C) (Roy & Vetterli 2007)."""
@@ -695,8 +700,9 @@ HOLES = 0.1  # share of the words that the context block is not shown
 
 class Phase2(Phase):
     """Cross entropy of the assistant's words, with the token block that Phase 1 has begun. To learn
-    for new text, contexts are made with dropout and a share HOLES of the words hidden: those that
-    know the text by heart would be trusted more than a chat's deserve. Validation has neither."""
+    for new text, the frozen context block reads the dialogues anew in every pass, with dropout and
+    a share HOLES of the words hidden: contexts of a text that it knows by heart would be trusted
+    more than a chat's deserve. Validation has neither. By heart, contexts are made once, whole."""
     name, names, groups = "phase2", ("loss", "right"), ("model", "Phase 1", "Phase 2")
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
@@ -705,25 +711,29 @@ class Phase2(Phase):
         model.cell.requires_grad_(joint)
         model.embed.requires_grad_(joint and config.embeddings == "learned")
         super().__init__(model, train, val, ("",))
-        torch.manual_seed(config.seed)
-        share = 0 if config.by_heart else HOLES
-        self.shown = [d.ids.masked_fill(torch.rand(len(d.ids)) < share, UNK) for d in train]
+        self.caches &= not (joint or config.patience)
         how = "context and token block learn together" if joint else "contexts are frozen"
-        say(f"\nPhase 2: {count(train)[1]:,} words to predict; {how}\n"
-            f"  loss: nats per word; right: share that it would have said; perplexity: e^loss")
+        print(f"\nPhase 2: {how}; loss, nats per word of the assistant;\n"
+              "right, share of the words that it would say; perplexity, e^loss")
 
-    def loss(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, Tensor, dict]:
-        """Of some dialogues: loss; sums of words, of loss, of words that were right; states."""
-        ids, mask = (pad(x, self.device) for x in zip(*(dialogues[i] for i in part)))
-        states, new = self.states.get(tuple(part)) if self.model.training else None, {}
-        if states is None:
-            holes = (self.shown[i] for i in part)
-            states = self.model.states(pad(holes, self.device) if self.model.training else ids)
-            new = {} if self.config.joint else {tuple(part): states.cpu()}
-        states, at = states.to(self.device), mask[:, 1:]
+    def with_holes(self, i: int) -> Tensor:
+        """What the context block reads of a dialogue, (T,), in this pass. Holes follow from step
+        and dialogue alone, so that neither parts nor processes change them."""
+        seed, ids = self.schedule.last_epoch * len(self.train) + i, self.train[i].ids
+        seeded = torch.Generator().manual_seed(self.config.seed + seed)
+        return ids.masked_fill(torch.rand(len(ids), generator=seeded) < HOLES, UNK)
+
+    def loss(self, part: list[int], ids: Tensor, mask: Tensor, states: Tensor | None) -> tuple:
+        """ids, mask (B, T), their states (B, T, C) or None -> what is to be minimised; sums of
+        words, of loss, of words that were right; states (B, T, C)."""
+        if states is None and self.model.training and self.config.patience:
+            states = self.model.states(pad(map(self.with_holes, part), self.device))
+        elif states is None:
+            states = self.model.states(ids)
+        at = mask[:, 1:]
         z, y = self.model.logits(ids[:, :-1][at], states[:, :-1][at]), ids[:, 1:][at]
         loss, right = F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
-        return loss, torch.stack([at.sum(), loss, right]).detach(), new
+        return loss, (at.sum(), loss, right), states
 
 # --- 8. Helpers that a first reading may skip: processes, files, devices; and main() --------------
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
@@ -733,11 +743,6 @@ def global_sum(x: Tensor) -> Tensor:
     if WORLD > 1:
         dist.all_reduce(x)
     return x
-
-def say(text: str):
-    """Print, on the first of several processes only."""
-    if RANK == 0:
-        print(text, flush=True)
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -773,21 +778,13 @@ def pick_device(name: str) -> torch.device:
     with explained(f"--device {name} is not there", f"this machine has {found}"):
         return torch.zeros(1, device=found if name == "auto" else name).device
 
-def free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of a GPU that were free at the peak since the last call, and that are free now."""
-    used, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return free - peak, free - used
-
 def gpt2_table(name: str, cache: str) -> Tensor:
     """GPT-2's embeddings (50257, 768), wte.weight of a .safetensors file, or of the hub's, of which
     only these 154 of 548 MB are read, once. Raises UserError."""
-    from safetensors.torch import load_file, save_file
-    hub = name in ("auto", "gpt2")
-    path = Path(cache, "gpt2-wte.safetensors") if hub else Path(name)
+    path = Path(cache, "gpt2-wte.safetensors") if name == "gpt2" else Path(name)
     with explained(f"--embeddings {name} cannot be had", "go online, or give a file, or learned"):
-        if hub and not path.exists():
+        from safetensors.torch import load_file, save_file
+        if name == "gpt2" and not path.exists():
             HfApi().model_info("openai-community/gpt2", timeout=5)  # fails at once without network
             with HfFileSystem().open("openai-community/gpt2/model.safetensors") as file:
                 size = int.from_bytes(file.read(8), "little")
@@ -796,46 +793,49 @@ def gpt2_table(name: str, cache: str) -> Tensor:
                 data = torch.frombuffer(bytearray(file.read(end - begin)), dtype=torch.float32)
             save(path, lambda file: save_file({"wte.weight": data.view(50257, 768)}, file))
         tables = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
-        table = tables["wte.weight"]
-        if table.shape != (50257, 768):
-            raise ValueError(f"wte.weight is {tuple(table.shape)}, not (50257, 768)")
-    return table.float()
+        if (shape := tuple(tables["wte.weight"].shape)) != (50257, 768):
+            raise ValueError(f"wte.weight is {shape}, not (50257, 768)")
+    return tables["wte.weight"].float()
 
 def make_model(config: Config, vocab: Tensor) -> NewLLM:
     """A fresh model with the embeddings that --embeddings asks for, or UserError."""
-    table = None
-    try:
-        if config.embeddings != "learned":
-            table = gpt2_table(config.embeddings, config.cache)
-    except UserError as e:
-        if config.embeddings != "auto":
-            raise
-        say(f"embeddings: {e}; learned instead")
-    changes = dict(embeddings="learned") if table is None else dict(embed_dim=table.shape[1])
+    if config.embeddings == "auto":
+        try:
+            return make_model(replace(config, embeddings="gpt2"), vocab)
+        except UserError as e:
+            print(f"embeddings: {e}; learned instead")
+            return make_model(replace(config, embeddings="learned"), vocab)
     torch.manual_seed(config.seed)
-    model = NewLLM(replace(config, **changes), len(vocab))
-    model.vocab.copy_(vocab)
-    if table is not None:
+    if config.embeddings == "learned":
+        model = NewLLM(config, len(vocab))
+    else:
+        table = gpt2_table(config.embeddings, config.cache)
+        model = NewLLM(replace(config, embed_dim=table.shape[1]), len(vocab))
         model.embed.weight.data.normal_(std=table.std().item())  # for <unk> and ChatML's two
         model.embed.weight.data[3:] = table[vocab[3:]]
+    model.vocab.copy_(vocab)
     return model.eval()
 
 def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
-    """Print dialogues as the model sees them, targets in green, or in [brackets] in a file."""
-    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "[]"
+    """Print dialogues as the model sees them, targets in [brackets]."""
     for number, d in enumerate(dialogues, 1):
         print(f"--- dialogue {number}: {len(d.ids)} tokens, {count([d])[1]} of them targets")
         for target, part in itertools.groupby(zip(*map(Tensor.tolist, d)), lambda pair: pair[1]):
             text = tokenizer.decode([i for i, _ in part])
-            print(on + text + off if target else text, end="")
+            print(f"[{text}]" if target else text, end="")
 
 def train_model(config: Config) -> NewLLM | None:
     """Both phases. Returns the model to chat with."""
     if config.resume and not any(Path(config.out).glob("phase?-last.pt")):
         raise UserError(f"--resume: no checkpoint in {config.out}; train first, or name its --out")
+    gpus = torch.cuda.device_count()
+    if WORLD > 1:  # started by torchrun
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus >= WORLD else "gloo")
     device = pick_device(config.device)
-    if RANK > 0:
-        global_sum(torch.zeros(1, device=device))  # wait until the first has downloaded everything
     train, val, vocab = load(config)
     if config.show_data:
         return show_data(train[:config.show_data], Tokenizer(vocab))
@@ -843,11 +843,8 @@ def train_model(config: Config) -> NewLLM | None:
         save(Path(folder, ".writable"), Path.touch)
         Path(folder, ".writable").unlink(missing_ok=True)
     model = make_model(config, vocab).to(device)
-    if RANK == 0:
-        global_sum(torch.zeros(1, device=device))
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
-    with torch.no_grad():
-        probe = model.states(train[0].ids[None].to(device)).mean().item()  # changes with the cell
+    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    probe = model.states(train[0].ids[None].to(device)).mean().item()  # changes with the cell
     texts = [tuple(ids.tolist()) for ids in (vocab, *(d.ids for d in train + val))]
     key = hash((round(probe, 5), *texts))
     if config.iterations:
@@ -862,25 +859,16 @@ def main(argv: list[str] | None = None) -> NewLLM | None:
     torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
     try:
         config = parse(argv if argv is not None else [] if notebook else sys.argv[1:])
-        if WORLD > 1 and not dist.is_initialized():  # started by torchrun
-            gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
-            if gpus:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-            dist.init_process_group("nccl" if gpus >= WORLD else "gloo")
-        if config.data == Config.data and not Path(config.data).exists():
-            config = replace(config, data="ultrachat")
-            say(f"data: no {Config.data} here, as when pasted into a notebook; UltraChat instead")
         model = train_model(config)
-        if model and RANK == 0:
+        if model:
             print(f"\ndone in {time.perf_counter() - start:.0f} s\n\nYou: who are you?\nNew-LLM: "
                   f"{answer(model, 'who are you?')}\n\n"
                   f"chat with it: python chat.py --checkpoint {config.out}")
         return model
-    except (UserError, ModuleNotFoundError) as e:
+    except UserError as e:
         if notebook:
             raise
-        hint = f"; pip install {e.name}" if isinstance(e, ImportError) else ""
-        print(f"newllm.py: {e}{hint}", file=sys.stderr)
+        print(f"newllm.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; finished passes are saved: repeat the command with --resume")
