@@ -22,7 +22,7 @@ The letters that the code and its comments use:
 import argparse, builtins, contextlib, itertools, json, math, os, random, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait give way on a busy machine
 import torch
@@ -35,7 +35,7 @@ from tqdm import tqdm
 class UserError(ValueError):
     """Something the user can mend: printed as one line, exit code 2, no traceback."""
 
-SHIPPED = "data/chats.jsonl" if Path("data/chats.jsonl").exists() else "ultrachat"  # a notebook
+SHIPPED = "data/chats.jsonl" if Path("data/chats.jsonl").exists() else "ultrachat"
 
 def option(group, default, help, choices=None, least=1, most=1e30):
     """A field of Config, and how the command line shows and checks it."""
@@ -61,11 +61,11 @@ class Config:
     iterations: int = option("Phase 1", 40, "passes over the data; 0: contexts untrained", least=0)
     learning_rate: float = option("Phase 1", 4e-3, "AdamW's peak, in both phases", least=1e-9)
     batch_tokens: int = option("Phase 1", 64, "of an optimizer step, in both phases")
-    patience: int = option("Phase 1", 0, "passes without gain until it stops; 0: by heart", least=0)
+    patience: int = option("Phase 1", 0, "passes without gain until it ends; 0: by heart", least=0)
     epochs: int = option("Phase 2", 40, "passes over the data")
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("machine", "auto", "of the token block", ("auto", "float32", "bfloat16"))
-    cache_gb: float = option("machine", 4.0, "GB for states, or they are computed again", least=0)
+    cache_gb: float = option("machine", 4.0, "GB for states; if too few, no CVFP", least=0)
     out: str = option("machine", "checkpoints", "folder of the checkpoints")
     cache: str = option("machine", "cache", "folder of downloads")
     resume: bool = option("machine", False, "go on from the last checkpoint in --out")
@@ -108,7 +108,7 @@ def parse(argv: list[str]) -> Config:
             about = f"{f.metadata['help']} (small: {f.default if f.default != '' else 'none'})"
             group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **kind)
     typed = vars(parser.parse_args(argv))
-    everything = dict(samples=0) if is_file(typed.get("data", "hub")) else {}
+    everything = dict(samples=0) if "data" in typed and is_file(typed["data"]) else {}
     return Config(**typed.pop("preset") | everything | typed)
 
 # --- 2. Data: dialogues in; token ids, and a mask of the assistant's words, out -------------------
@@ -188,7 +188,7 @@ def messages_in(text: str, path: Path) -> Iterator[list[tuple[str, str]]]:
 
 def read(name: str, split: str, most: int, config: Config, tokenizer: Tokenizer) -> list[Dialogue]:
     """The first `most` dialogues of a file or a dataset, 0: all, cut at max_len; of a .txt file
-    pieces of at most a tenth, every token a target."""
+    pieces, every token a target, at least ten where some are to be held out."""
     path = Path(name) if is_file(name) else download(name, split, most, config)
     limit = config.max_len
     with explained(f"cannot read {path}", "give a .jsonl, .json or .txt file in UTF-8"):
@@ -213,10 +213,9 @@ def load(config: Config) -> tuple[list[Dialogue], list[Dialogue], Tensor]:
     if config.val_data:
         most = 0 if is_file(config.val_data) else 100
         val = read(config.val_data, "test", most, config, tokenizer)
-    elif config.patience and config.data.endswith(".txt"):
-        val = train[-max(1, len(train) // 10):]
-    elif config.patience:
-        val = train[9::10] or train[-1:]
+    elif config.patience:  # every tenth dialogue, or the end of a text
+        tenth = train[-max(1, len(train) // 10):]
+        val = tenth if config.data.endswith(".txt") else train[9::10] or tenth
     held_out = {tuple(d.ids.tolist()) for d in val}
     train = [d for d in train if tuple(d.ids.tolist()) not in held_out]
     used, train, known = renumbered(train, val)
@@ -245,8 +244,8 @@ def count(dialogues: list[Dialogue]) -> tuple[int, int]:
     return sum(len(d.ids) for d in dialogues), sum(int(d.mask[1:].sum()) for d in dialogues)
 
 # --- 3. The contexts: one cell, walked token by token or solved for all tokens at once ------------
-TOLERANCE, MAX_SWEEPS = 5e-5, 30  # of solve(): largest change in units of a state's size; give up
-FEW, SHORT = 4, 32  # the loop wins for more dialogues side by side on a CPU, or for fewer tokens
+TOLERANCE, MAX_SWEEPS = 5e-5, 30  # of solve(): relative change that ends it; most sweeps
+FEW, SHORT = 4, 32  # walk() is faster for more dialogues on a CPU, and for texts up to SHORT
 
 class Cell(nn.Module):
     """One step of the recurrence: (u_t, s_{t-1}) -> s_t."""
@@ -259,7 +258,7 @@ class Cell(nn.Module):
         self.gates = nn.Linear(H, 3 * C)
         nn.init.orthogonal_(self.state_in.weight, gain=0.5)
         nn.init.orthogonal_(self.gates.weight, gain=0.7)
-        # numbers of the state that forget at once, next to some that remember for long
+        # f goes from 0.27 to 0.98: some numbers of the state forget soon, others late
         self.gates.bias.data = torch.cat((torch.linspace(-1, 4, C), torch.zeros(2 * C)))
 
     def forward(self, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,7 +395,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         widths = [E + C] + [H + E * config.token_input_all_layers] * (config.num_layers - 1)
         self.hidden = nn.ModuleList(nn.Linear(width, H) for width in widths)
         self.out, self.dropout = nn.Linear(H, E), nn.Dropout(config.dropout)
-        self.scale = nn.Parameter(torch.tensor(10.0))  # in Phase 1, 1 / temperature
+        self.scale = nn.Parameter(torch.tensor(10.0))  # g, 1 / temperature; Phase 1 keeps it
 
     def read(self, ids: Tensor) -> Tensor:
         """x: ids (...) -> (..., E), normalised; of an unknown word only zeros are read."""
@@ -426,7 +425,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         return F.normalize(self.out(a).float(), dim=-1)
 
     def logits(self, ids: Tensor, states: Tensor) -> Tensor:
-        """Output head, of word w g cos(q, e_w) + b_w: ids (...), states (..., C) -> (..., V)."""
+        """Output head, g cos(q, e_w) + b_w of word w: ids (...), states (..., C) -> (..., V)."""
         q = self.scale * self.query(self.dropout(self.read(ids)), states)
         return F.linear(q, F.normalize(self.head.weight, dim=-1), self.head.bias).float()
 
@@ -480,12 +479,13 @@ def answer(model: NewLLM, text: str, max_new_tokens: int = 200, **sampling) -> s
 # --- 5. Training: one loop for both phases --------------------------------------------------------
 TABLES, TABLE_RATE = ("embed.weight", "head.weight"), 0.2  # they learn slower, or they overfit
 WARMUP, GAIN = 10, 1e-3  # steps in which the learning rate rises; what counts as a gain, in nats
-PART = 8192  # tokens computed at a time; for a step on a GPU it is measured how many fit
+PART = 8192  # tokens computed at a time on a CPU; on a GPU it is measured how many fit
 
 class Phase:
-    """What both phases share. loss() of a part of a batch returns what is to be minimised; sums, of
-    which the first counts words, and the others, divided by it, are the figures `names`; states.
-    What is random in a step follows from its number: a resumed run gives equal figures."""
+    """What both phases share. loss() of a part of a batch returns what is to be minimised; sums:
+    how many words, and for each of the figures `names` its sum over them; and the states. What is
+    random in a step follows from its number, schedule.last_epoch: resumed runs give equal figures
+    (but for Phase 1 of several processes: a checkpoint has the states of the first)."""
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue], learns: tuple):
         self.model, self.train, self.val, self.config = model, train, val, model.config
         self.device, self.states = model.vocab.device, {}  # (T, C) of each dialogue, if they fit
@@ -575,9 +575,11 @@ class Phase:
 
     def step(self, dialogues: list[Dialogue], batch: list[int]) -> Tensor:
         """A batch of dialogues and, to learn, an optimizer step. Returns the sums that loss() does.
-        A process computes its share in parts that fit into memory. On a GPU the first step takes up
-        to eight, what they took says how few will do; where memory runs out, they are doubled."""
+        A process computes its share in parts that fit into memory. On a GPU the first step has up
+        to eight, and what they took says how few will do; out of memory, it takes twice as many."""
         mine, found = batch[RANK::WORLD], None
+        if not self.parts:
+            torch.cuda.reset_peak_memory_stats()
         while found is None:
             n = min(self.parts or 8, len(mine))
             try:
@@ -614,7 +616,7 @@ class Phase:
     def compute(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, dict]:
         """Some dialogues' sums and new states; to learn, their gradients are added up."""
         learn = self.model.training
-        torch.manual_seed(self.config.seed + learn * self.schedule.last_epoch)  # all processes do
+        torch.manual_seed(self.config.seed + learn * self.schedule.last_epoch)  # in all processes
         ids, mask = (pad(x, self.device) for x in zip(*(dialogues[i] for i in part)))
         held = [self.states[i] for i in part if learn and i in self.states]
         before = pad(held, self.device) if len(held) == len(part) else None
@@ -623,11 +625,10 @@ class Phase:
         if learn:
             loss.backward()
         new = states.detach().cpu() if learn and self.caches and states is not before else ()
-        lengths = [len(dialogues[i].ids) for i in part]
-        return torch.stack(sums).detach(), {i: s[:n] for i, n, s in zip(part, lengths, new)}
+        return torch.stack(sums).detach(), {i: s[:len(dialogues[i].ids)] for i, s in zip(part, new)}
 
 def batches_of(dialogues: list[Dialogue], tokens: int) -> list[list[int]]:
-    """Numbers of dialogues of like length, at most `tokens` together with padding, or one."""
+    """Indices of dialogues of like length, at most `tokens` together with padding, or one."""
     batches = []
     for i in sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids)):
         if not batches or (len(batches[-1]) + 1) * len(dialogues[i].ids) > tokens:
@@ -635,7 +636,7 @@ def batches_of(dialogues: list[Dialogue], tokens: int) -> list[list[int]]:
         batches[-1].append(i)
     return batches
 
-def pad(tensors: Iterator[Tensor], device: torch.device) -> Tensor:
+def pad(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Tensors (T, ...) as one (B, T, ...), filled up with zeros: UNK, and no target."""
     return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True).to(device)
 
@@ -669,7 +670,7 @@ class Phase1(Phase):
         scores = self.model.scale.detach() * torch.cat((right, wrong), 1)
         contrast = F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
         old = 0 if before is None else context(before)
-        change = (context(states) - old)[:, 1:][at].pow(2).mean(-1)  # 1 in the first pass
+        change = (context(states) - old)[:, 1:][at].pow(2).mean(-1)  # 1 where no pass came before
         sums = (at.sum(), contrast, change.sum(), (change < CONVERGED).sum())
         return (1 - DIVERSITY) * change.sum() + DIVERSITY * contrast, sums, states
 
@@ -696,13 +697,13 @@ def effective_rank(c: Tensor) -> float:
     return torch.special.entr(p).sum().exp().item() / c.shape[1]
 
 # --- 7. Phase 2: learn to predict the assistant's words -------------------------------------------
-HOLES = 0.1  # share of the words that the context block is not shown
+HOLES = 0.1  # share of the tokens that the context block is not shown
 
 class Phase2(Phase):
     """Cross entropy of the assistant's words, with the token block that Phase 1 has begun. To learn
     for new text, the frozen context block reads the dialogues anew in every pass, with dropout and
-    a share HOLES of the words hidden: contexts of a text that it knows by heart would be trusted
-    more than a chat's deserve. Validation has neither. By heart, contexts are made once, whole."""
+    a share HOLES of the tokens hidden: contexts of a text that it knows by heart would be trusted
+    more than a chat's deserve. Validation has neither. By heart, contexts are made once."""
     name, names, groups = "phase2", ("loss", "right"), ("model", "Phase 1", "Phase 2")
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
@@ -711,7 +712,7 @@ class Phase2(Phase):
         model.cell.requires_grad_(joint)
         model.embed.requires_grad_(joint and config.embeddings == "learned")
         super().__init__(model, train, val, ("",))
-        self.caches &= not (joint or config.patience)
+        self.caches &= not (joint or config.patience or config.dropout)
         how = "context and token block learn together" if joint else "contexts are frozen"
         print(f"\nPhase 2: {how}; loss, nats per word of the assistant;\n"
               "right, share of the words that it would say; perplexity, e^loss")
@@ -719,17 +720,17 @@ class Phase2(Phase):
     def with_holes(self, i: int) -> Tensor:
         """What the context block reads of a dialogue, (T,), in this pass. Holes follow from step
         and dialogue alone, so that neither parts nor processes change them."""
-        seed, ids = self.schedule.last_epoch * len(self.train) + i, self.train[i].ids
-        seeded = torch.Generator().manual_seed(self.config.seed + seed)
-        return ids.masked_fill(torch.rand(len(ids), generator=seeded) < HOLES, UNK)
+        place, ids = self.schedule.last_epoch * len(self.train) + i, self.train[i].ids
+        generator = torch.Generator().manual_seed(self.config.seed + place)
+        return ids.masked_fill(torch.rand(len(ids), generator=generator) < HOLES, UNK)
 
     def loss(self, part: list[int], ids: Tensor, mask: Tensor, states: Tensor | None) -> tuple:
         """ids, mask (B, T), their states (B, T, C) or None -> what is to be minimised; sums of
         words, of loss, of words that were right; states (B, T, C)."""
-        if states is None and self.model.training and self.config.patience:
-            states = self.model.states(pad(map(self.with_holes, part), self.device))
-        elif states is None:
-            states = self.model.states(ids)
+        if states is None:
+            holes = self.model.training and self.config.patience
+            shown = pad(map(self.with_holes, part), self.device) if holes else ids
+            states = self.model.states(shown)
         at = mask[:, 1:]
         z, y = self.model.logits(ids[:, :-1][at], states[:, :-1][at]), ids[:, 1:][at]
         loss, right = F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
@@ -765,7 +766,7 @@ def save(path: Path, write: Callable):
             os.replace(Path(folder, path.name), path)
 
 def read_checkpoint(path: Path) -> tuple[NewLLM, dict]:
-    """The model that save() wrote, and all the rest; no code in it is run. Raises UserError."""
+    """The model that fit() saved, and all the rest; no code in it is run. Raises UserError."""
     with explained(f"cannot use {path}", "if it is damaged or too old, name another folder"):
         checkpoint = torch.load(path, "cpu", weights_only=True)
         model = NewLLM(Config(**checkpoint["config"]), len(checkpoint["model"]["vocab"]))
@@ -819,7 +820,7 @@ def make_model(config: Config, vocab: Tensor) -> NewLLM:
 def show_data(dialogues: list[Dialogue], tokenizer: Tokenizer):
     """Print dialogues as the model sees them, targets in [brackets]."""
     for number, d in enumerate(dialogues, 1):
-        print(f"--- dialogue {number}: {len(d.ids)} tokens, {count([d])[1]} of them targets")
+        print(f"\n--- dialogue {number}: {len(d.ids)} tokens, {count([d])[1]} of them targets")
         for target, part in itertools.groupby(zip(*map(Tensor.tolist, d)), lambda pair: pair[1]):
             text = tokenizer.decode([i for i, _ in part])
             print(f"[{text}]" if target else text, end="")
@@ -836,6 +837,8 @@ def train_model(config: Config) -> NewLLM | None:
             sys.stdout = open(os.devnull, "w")  # the first one speaks for all
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus >= WORLD else "gloo")
     device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     train, val, vocab = load(config)
     if config.show_data:
         return show_data(train[:config.show_data], Tokenizer(vocab))
@@ -844,7 +847,7 @@ def train_model(config: Config) -> NewLLM | None:
         Path(folder, ".writable").unlink(missing_ok=True)
     model = make_model(config, vocab).to(device)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
-    probe = model.states(train[0].ids[None].to(device)).mean().item()  # changes with the cell
+    probe = model.states(train[0].ids[None].to(device)).mean().item()  # differs if the cell does
     texts = [tuple(ids.tolist()) for ids in (vocab, *(d.ids for d in train + val))]
     key = hash((round(probe, 5), *texts))
     if config.iterations:

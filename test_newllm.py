@@ -398,7 +398,8 @@ def test_memory_of_a_gpus_first_step_says_in_how_many_parts_steps_go(taken, want
     phase.parts, loss = 0, phase.loss  # as on a GPU, where it is to be measured
     monkeypatch.setattr(phase, "loss", lambda *args: used.append(args) or loss(*args))
     for name, value in dict(memory_allocated=20, max_memory_allocated=20 + taken,
-                            memory_reserved=60, mem_get_info=(60, 80)).items():
+                            memory_reserved=60, mem_get_info=(60, 80),
+                            reset_peak_memory_stats=None).items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     counted = [phase.step(dialogues, list(range(10)))[0] for _ in range(2)]
     assert phase.parts == wanted and len(used) == 8 + wanted  # the first step was taken in eight
@@ -768,9 +769,9 @@ def train_one(kind, parts, V, seed, choice, device):
 def choices_for(kind, o):
     """The settings to choose from, in an order drawn by chance, for a budget may end the search."""
     grid = dict(epochs=o.epochs if "joint" in MODELS[kind] else [o.own_epochs],
-                iterations=[o.iterations]) | MODELS[kind]
+                iterations=[o.iterations], dropout=o.dropouts) | MODELS[kind]
     if kind in ("GRU", "Transformer"):
-        grid |= dict(dropout=o.dropouts, holes=o.holes, head=o.heads)
+        grid |= dict(holes=o.holes, head=o.heads)
     found = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     return random.Random(0).sample(found, len(found))
 
@@ -908,7 +909,7 @@ def script():
     add("--compare", help="DATA.jsonl on which New-LLM is compared with others")
     add("--models", **many, default=[*MODELS][:3], choices=MODELS, help="three of them, or more")
     add("--tokens", type=int, default=100_000, help="to train on")
-    add("--dropouts", **many, type=float, default=[0.1, 0.3, 0.5], help="of GRU and Transformer")
+    add("--dropouts", **many, type=float, default=[0.1, 0.3, 0.5], help="to choose from")
     add("--holes", **many, type=float, default=[0.0, 0.1], help="share of words hidden from them")
     add("--heads", **many, default=["cosine", "products"], help="of GRU and Transformer")
     add("--seeds", **many, type=int, default=[1, 2, 3], help="the first chooses the settings")
