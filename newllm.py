@@ -684,8 +684,8 @@ class Phase1(Phase):
         same = F.cosine_similarity(s[1:], s[:-1]).mean()
         alike = F.normalize(c, dim=-1).mean(0).pow(2).sum()
         print(f"contexts are {(c - w).pow(2).mean():.0e} from the token loop's, mean square (2 is "
-            f"unrelated), found in {self.model.sweeps} sweeps; they use {effective_rank(c):.0%} of "
-            f"their dimensions\ncosine of two {alike:.2f}, of a state and the next {same:.2f}")
+              f"unrelated), found in {self.model.sweeps} sweeps; they use {effective_rank(c):.0%} "
+              f"of their dimensions\ncosine of two {alike:.2f}, of a state and the next {same:.2f}")
         if same > 0.99:
             print("warning: identity mapping, the state hardly changes; give more --samples")
         if alike > 0.95:

@@ -164,6 +164,13 @@ def test_a_hidden_word_leaves_no_trace_in_the_contexts():
     model.embed.weight[UNK] += 1  # whatever it stands for
     assert torch.equal(model.states(holes), before)
 
+def test_for_new_text_phase_2_hides_other_words_in_every_pass_and_caches_nothing():
+    dialogues, _, vocab = load(Config())
+    phase = Phase2(tiny(len(vocab), patience=1), dialogues, [])
+    seen = torch.stack([phase.with_holes(3) for _ in range(50) if len(phase.step(dialogues, [3]))])
+    assert torch.equal(seen[-1], phase.with_holes(3)) and not torch.equal(seen[-1], seen[-2])
+    assert 0.08 < (seen == UNK).float().mean() < 0.12 and not phase.states
+
 @torch.no_grad()
 def test_labels_mean_what_they_mean_to_hugging_face():
     model, ids = tiny().eval(), torch.randint(0, 200, (3, 40))
@@ -326,12 +333,10 @@ def test_the_same_seed_gives_the_same_losses_to_the_last_digit():
     assert same_to_the_last_digit("a", "b") and not same_to_the_last_digit("a", "c")
 
 @pytest.mark.parametrize("mode", ["", "--joint", "--cache-gb 0 --patience 3"])
-@pytest.mark.parametrize("phase, calls, left", [("phase1", 12, 3), ("phase2", 1, 3),
-                                                ("phase2", 8, 2)])
-def test_stopping_and_resuming_changes_nothing_in_either_phase(
-        mode, phase, calls, left, monkeypatch):
+@pytest.mark.parametrize("phase, at, left", [("phase1", 12, 3), ("phase2", 1, 3), ("phase2", 8, 2)])
+def test_stopping_and_resuming_changes_nothing(mode, phase, at, left, monkeypatch):
     def stop(self, *rest, step=Phase.step, count=itertools.count(1)):
-        if self.name == phase and self.model.training and next(count) == calls:
+        if self.name == phase and self.model.training and next(count) == at:
             raise KeyboardInterrupt
         return step(self, *rest)
     options = f"{TINY} --dropout 0.2 {mode} --out"
@@ -375,8 +380,7 @@ def test_both_solvers_train_to_the_same_losses():
         run(f"{TINY} --joint --solver {solver} --out {solver}")
     same_losses("parallel", "sequential", within=1e-3)
 
-def test_a_batch_that_does_not_fit_into_memory_is_computed_in_parts_with_the_same_losses(
-        monkeypatch):
+def test_a_batch_too_large_for_memory_is_computed_in_parts_with_the_same_losses(monkeypatch):
     def small_memory(tensors, device, pad=newllm.pad):
         tensors = list(tensors)
         if torch.is_grad_enabled() and len(tensors) > most:
@@ -420,8 +424,7 @@ def test_pasted_into_a_notebook_it_runs_whatever_the_kernels_own_options_are(mon
         cell.main(["--samples", "-1"])
 
 GOOD = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
-BAD_FILES = {
-    GOOD + "\n{oops\n": "line 3 is not JSON", "[" + GOOD: "is not JSON (JSONDecodeError",
+BAD_FILES = {GOOD + "\n{oops\n": "line 3 is not JSON", "[" + GOOD: "is not JSON (JSONDecodeError",
     GOOD + GOOD.replace("user", "wizard"): "line 2 is not JSON with messages (ValueError: roles",
     GOOD.replace("assistant", "user"): "roles ['user']", "": "0 dialogues to train on",
     GOOD.replace('"a"', '" "'): "roles ['user']", '{"text": "hi"}': "line 1 is not JSON with",
@@ -685,14 +688,12 @@ def bench_original(tokens, iterations, C, device):
 SETTINGS = dict(context_dim=512, hidden_dim=512, dropout=0.4, iterations=24, epochs=12, patience=2,
                 learning_rate=2e-3, batch_tokens=2048, cache_gb=8.0)
 JOINT = dict(iterations=[0], joint=[True])
-MODELS = {  # what differs from SETTINGS, all that is tried; the last four are ablations
-    "New-LLM": {}, "GRU": JOINT, "Transformer": JOINT, "no Phase 1": dict(iterations=[0]),
-    "joint": JOINT, "joint after Phase 1": dict(joint=[True], learning_rate=[2e-3, 5e-4]),
-    "no holes": dict(holes=[0.0])}
+MODELS = {  # what differs from SETTINGS, all that is tried; the last three are ablations
+    "New-LLM": {}, "GRU": JOINT, "Transformer": JOINT, "joint": JOINT,
+    "no Phase 1": dict(iterations=[0]), "no holes": dict(holes=[0.0])}
 
 class Baseline(NewLLM):
     """A GRU or a pre-norm Transformer in place of the blocks, so that Phase2 trains all alike."""
-
     def __init__(self, kind, head, V, config, state=600):
         super().__init__(config, V)
         E, self.plain, self.hidden = config.embed_dim, head == "products", None
@@ -808,7 +809,6 @@ def scaling(o, device):
 # --- the original beside ours: python test_newllm.py --original
 class OriginalCell(Cell):
     """The original's cell: LayerNorm in the loop undoes what the gates have forgotten."""
-
     def forward(self, u, s):
         f, i, d = self.gates(F.silu(u + self.state_in(s))).chunk(3, dim=-1)
         s = torch.sigmoid(f) * s + torch.sigmoid(i) * torch.tanh(d)
