@@ -85,7 +85,7 @@ PRESETS = {  # what it is for, and what it changes
         hidden_dim=512, iterations=20, learning_rate=3e-3, batch_tokens=512)),
     "large": ("1,000 dialogues of UltraChat, to answer new questions", dict(
         data="ultrachat", samples=1000, max_len=1024, embeddings="auto", num_layers=4,
-        context_dim=512, hidden_dim=1024, dropout=0.4, iterations=24, epochs=12, patience=2,
+        context_dim=512, hidden_dim=1024, dropout=0.3, iterations=24, epochs=12, patience=2,
         learning_rate=2e-3, batch_tokens=2048))}
 
 def parse(argv: list[str]) -> Config:

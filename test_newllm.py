@@ -685,7 +685,7 @@ def bench_original(tokens, iterations, C, device):
                    seconds=taken, solver=solver)
 
 # --- the comparison: python test_newllm.py --compare DATA.jsonl
-SETTINGS = dict(context_dim=512, hidden_dim=512, dropout=0.4, iterations=24, epochs=12, patience=2,
+SETTINGS = dict(context_dim=512, hidden_dim=512, dropout=0.3, iterations=24, epochs=12, patience=2,
                 learning_rate=2e-3, batch_tokens=2048, cache_gb=8.0)
 JOINT = dict(iterations=[0], joint=[True])
 MODELS = {  # what differs from SETTINGS, all that is tried; the last three are ablations
