@@ -929,7 +929,7 @@ def script():
         try:
             plot(o, device, rows)
         except ModuleNotFoundError as e:
-            print(f"--plot needs a package: pip install {e.name}")
+            sys.exit(f"--plot needs a package: pip install {e.name}")
     elif o.compare:
         keep(rows, "comparison", compare, o, device)
     elif o.scaling:
