@@ -61,8 +61,8 @@ class Config:
     iterations: int = option("Phase 1", 40, "passes over the data; 0: contexts untrained", least=0)
     learning_rate: float = option("Phase 1", 4e-3, "AdamW's peak, in both phases", least=1e-9)
     batch_tokens: int = option("Phase 1", 64, "of an optimizer step, in both phases")
-    patience: int = option("Phase 1", 0, "passes without gain until it ends; 0: by heart", least=0)
     epochs: int = option("Phase 2", 40, "passes over the data")
+    patience: int = option("Phase 2", 0, "passes without gain until it ends; 0: by heart", least=0)
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("machine", "auto", "of the token block", ("auto", "float32", "bfloat16"))
     cache_gb: float = option("machine", 4.0, "GB for states; if too few, no CVFP", least=0)
@@ -655,7 +655,7 @@ class Phase1(Phase):
         super().__init__(model, train, val, ("cell", "hidden", "out", "embed"))
         self.negative_weights = torch.bincount(torch.cat([d.ids for d in train])).double().sqrt()
         print(f"\nPhase 1: loss, nats it takes to tell the next word from {NEGATIVES:,} others;\n"
-              f"change, of contexts since the last pass; converged, share below {CONVERGED}")
+              f"change, of contexts in a pass; converged, share below {CONVERGED}", flush=True)
 
     def loss(self, part, ids: Tensor, mask: Tensor, before: Tensor | None) -> tuple:
         """ids, mask (B, T), their states before (B, T, C), in the last pass -> what is to be
@@ -679,7 +679,7 @@ class Phase1(Phase):
         """Say whether Phase 2's contexts are those of a chat, and warn of two ways to fail."""
         ids = torch.cat([d.ids for d in self.train])[None, :4096].to(self.device)  # as one text
         s, found = (self.model.eval().states(ids, solver=solver)[0]
-                    for solver in ("sequential", "parallel"))
+                    for solver in ("sequential", "parallel"))  # the latter's sweeps are shown
         w, c = context(s), context(found)
         same = F.cosine_similarity(s[1:], s[:-1]).mean()
         alike = F.normalize(c, dim=-1).mean(0).pow(2).sum()
@@ -715,7 +715,7 @@ class Phase2(Phase):
         self.caches &= not (joint or config.patience or config.dropout)
         how = "context and token block learn together" if joint else "contexts are frozen"
         print(f"\nPhase 2: {how}; loss, nats per word of the assistant;\n"
-              "right, share of the words that it would say; perplexity, e^loss")
+              "right, share of the words that it would say; perplexity, e^loss", flush=True)
 
     def with_holes(self, i: int) -> Tensor:
         """What the context block reads of a dialogue, (T,), in this pass. Holes follow from step
@@ -829,8 +829,8 @@ def train_model(config: Config) -> NewLLM | None:
     """Both phases. Returns the model to chat with."""
     if config.resume and not any(Path(config.out).glob("phase?-last.pt")):
         raise UserError(f"--resume: no checkpoint in {config.out}; train first, or name its --out")
-    gpus = torch.cuda.device_count()
     if WORLD > 1:  # started by torchrun
+        gpus = torch.cuda.device_count()
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
         if RANK > 0:

@@ -910,7 +910,7 @@ def script():
     add("--models", **many, default=[*MODELS][:3], choices=MODELS, help="three of them, or more")
     add("--tokens", type=int, default=100_000, help="to train on")
     add("--dropouts", **many, type=float, default=[0.1, 0.3, 0.5], help="to choose from")
-    add("--holes", **many, type=float, default=[0.0, 0.1], help="share of words hidden from them")
+    add("--holes", **many, type=float, default=[0.0, 0.1], help="of GRU and Transformer")
     add("--heads", **many, default=["cosine", "products"], help="of GRU and Transformer")
     add("--seeds", **many, type=int, default=[1, 2, 3], help="the first chooses the settings")
     add("--epochs", **many, type=int, default=[8, 16], help="of joint training")
