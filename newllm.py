@@ -255,11 +255,11 @@ class Cell(nn.Module):
         self.token_in = nn.Linear(E, H * (layers if config.token_input_all_layers else 1))
         self.state_in = nn.Linear(C, H, bias=False)
         self.hidden = nn.ModuleList(nn.Linear(H, H) for _ in range(layers - 1))
-        self.gates = nn.Linear(H, 3 * C)
+        self.gates = nn.Linear(H, 2 * C)
         nn.init.orthogonal_(self.state_in.weight, gain=0.5)
         nn.init.orthogonal_(self.gates.weight, gain=0.7)
         # f goes from 0.27 to 0.98: some numbers of the state forget soon, others late
-        self.gates.bias.data = torch.cat((torch.linspace(-1, 4, C), torch.zeros(2 * C)))
+        self.gates.bias.data = torch.cat((torch.linspace(-1, 4, C), torch.zeros(C)))
 
     def forward(self, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """u (B, H or H * num_layers), s (B, C) -> the next state (B, C), the forget gate (B, C)."""
@@ -267,11 +267,11 @@ class Cell(nn.Module):
         a = F.silu(first + self.state_in(s))                    # what the token and the state say
         for k, layer in enumerate(self.hidden):
             a = F.silu(layer(a) + (others[k] if others else 0))
-        f, i, d = self.gates(a).chunk(3, dim=-1)
-        f, i, d = torch.sigmoid(f), torch.sigmoid(i), torch.tanh(d)  # forget, input, candidate
-        # An average of the old state and the new: |s| stays below 1, and what is old fades, as
-        # errors do. LayerNorm in here would blow them up again; it comes at the reading.
-        return torch.addcmul((1 - f) * i * d, f, s), f
+        f, d = self.gates(a).chunk(2, dim=-1)
+        f, d = torch.sigmoid(f), torch.tanh(d)                  # forget gate, candidate
+        # f s + (1 - f) d, as in a GRU (Cho et al. 2014): an average, so |s| stays below 1, and
+        # what is old fades, as errors do. LayerNorm would blow them up; it comes at the reading.
+        return torch.lerp(d, s, f), f
 
 def walk(cell: Cell, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Token by token: u (B, T, ·), s (B, C) -> states (B, T, C), all forget gates' product."""
@@ -395,7 +395,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         widths = [E + C] + [H + E * config.token_input_all_layers] * (config.num_layers - 1)
         self.hidden = nn.ModuleList(nn.Linear(width, H) for width in widths)
         self.out, self.dropout = nn.Linear(H, E), nn.Dropout(config.dropout)
-        self.scale = nn.Parameter(torch.tensor(10.0))  # g, 1 / temperature; Phase 1 keeps it
+        self.scale = nn.Parameter(torch.tensor(10.0))  # g, 1 / temperature
 
     def read(self, ids: Tensor) -> Tensor:
         """x: ids (...) -> (..., E), normalised; of an unknown word only zeros are read."""
@@ -417,24 +417,26 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             return states
 
     def query(self, x: Tensor, states: Tensor) -> Tensor:
-        """Token block, q = FNN([x, c]): x (..., E), states (..., C) -> (..., E) of length 1."""
+        """Token block, q = FNN([x, c]): x (..., E), states (..., C) -> (..., E)."""
         a = context(states)
         for layer in self.hidden:
             a = a if a.shape[-1] == layer.in_features else torch.cat((x, a), dim=-1)
             a = self.dropout(F.silu(layer(a)))
-        return F.normalize(self.out(a).float(), dim=-1)
+        return self.out(a)
 
-    def logits(self, ids: Tensor, states: Tensor) -> Tensor:
-        """Output head, g cos(q, e_w) + b_w of word w: ids (...), states (..., C) -> (..., V)."""
-        q = self.scale * self.query(self.dropout(self.read(ids)), states)
-        return F.linear(q, F.normalize(self.head.weight, dim=-1), self.head.bias).float()
+    def logits(self, x: Tensor, states: Tensor, table: Tensor | None = None) -> Tensor:
+        """Output head: x (..., E), states (..., C) -> (..., V). The score of word w is
+        g cos(q, e_w) + b_w, e_w being its row of the table (V, E); None: the head's."""
+        q = self.scale * F.normalize(self.query(x, states).float(), dim=-1)
+        table = F.normalize(self.head.weight if table is None else table, dim=-1)
+        return F.linear(q, table, self.head.bias).float()
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None,
                 state: Tensor | None = None) -> Output:
         """ids (B, T) -> logits (B, T, V) and the state after the last token. state: where another
         call ended. labels (B, T), as Hugging Face has them (-100: ignored) -> the mean loss too."""
         states = self.states(input_ids, state)
-        logits, loss = self.logits(input_ids, states), None
+        logits, loss = self.logits(self.dropout(self.read(input_ids)), states), None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return Output(loss, logits, states[:, -1])
@@ -448,7 +450,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
         while ids.shape[1] < input_ids.shape[1] + max_new_tokens and not ended.all():
             state = self.states(unread, state)[:, -1]
-            token = choose(self.logits(unread[:, -1], state), ids, **sampling)
+            token = choose(self.logits(self.read(unread[:, -1]), state), ids, **sampling)
             unread = token.masked_fill(ended, eos)[:, None]
             ids, ended = torch.cat((ids, unread), 1), unread[:, 0] == eos
         return ids
@@ -523,20 +525,21 @@ class Phase:
                             if k in ("loss", "right", "perplexity")}
             goal = figures.get("held-out loss", figures["loss"])
             gained = goal < lowest - GAIN
-            epoch, lowest, waited = epoch + 1, min(lowest, goal), 0 if gained else waited + 1
+            epoch, (lowest, waited) = epoch + 1, (goal, 0) if gained else (lowest, waited + 1)
+            to_chat = dict(config=asdict(self.config), model=self.model.state_dict(), key=key,
+                           phase=self.name, progress=(epoch, lowest, waited), figures=figures)
+            to_go_on = dict(states=self.states, optimizer=self.optimizer.state_dict(),
+                            schedule=self.schedule.state_dict())
+            for path, content in ((best, to_chat), (last, to_chat | to_go_on)):
+                if RANK == 0 and (gained or path == last):
+                    save(path, lambda file: torch.save(content, file))
             left = (time.perf_counter() - start) / (epoch - first) * (self.epochs - epoch)
             shown = [f"{epoch:5d} of {self.epochs}", *(f"{k} {v:.4g}" for k, v in figures.items())]
             print(" | ".join([*shown, f"{left:.0f} s left"]), flush=True)
             for k, v in figures.items() if writer else ():
                 writer.add_scalar(f"{self.name}/{k}", v, epoch)
-            to_chat = dict(config=asdict(self.config), model=self.model.state_dict(), key=key,
-                           phase=self.name, progress=(epoch, lowest, waited), figures=figures)
-            to_go_on = dict(states=self.states, optimizer=self.optimizer.state_dict(),
-                            schedule=self.schedule.state_dict())
-            if RANK == 0 and gained:
-                save(best, lambda file: torch.save(to_chat, file))
-            if RANK == 0:
-                save(last, lambda file: torch.save(to_chat | to_go_on, file))
+        if epoch < self.epochs:
+            print(f"  {waited} passes have gained nothing: the best is kept")
         if WORLD > 1:
             dist.barrier()  # until the best is written
         if self.patience:
@@ -640,35 +643,31 @@ def pad(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Tensors (T, ...) as one (B, T, ...), filled up with zeros: UNK, and no target."""
     return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True).to(device)
 
-# --- 6. Phase 1: learn the contexts of all tokens at once, without a softmax over the vocabulary --
-NEGATIVES, DIVERSITY, CONVERGED = 1023, 0.9, 0.01  # wrong words; w; mean squared change
+# --- 6. Phase 1: learn the contexts of all tokens at once, the user's too -------------------------
+DIVERSITY, CONVERGED = 0.9, 0.01  # w; mean squared change of a context that is settled
 
 class Phase1(Phase):
     """Contexts that settle and differ: loss = (1 - w) CVFP + w diversity, w being DIVERSITY. CVFP,
     context vector fixed point, is the mean squared change of a context since the last pass.
-    Diversity is InfoNCE (van den Oord et al. 2018): tell the next word from NEGATIVES others by the
-    token block's score, which spreads contexts out (uniformity: Wang & Isola 2020)."""
+    Diversity is a contrast (InfoNCE, van den Oord et al. 2018): tell the next word from all others
+    by the token block's score, which spreads contexts out (uniformity: Wang & Isola 2020)."""
     name, names, groups = "phase1", ("loss", "change", "converged"), ("model", "Phase 1")
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         self.epochs, self.patience = model.config.iterations, 2
-        super().__init__(model, train, val, ("cell", "hidden", "out", "embed"))
-        self.negative_weights = torch.bincount(torch.cat([d.ids for d in train])).double().sqrt()
-        print(f"\nPhase 1: loss, nats it takes to tell the next word from {NEGATIVES:,} others;\n"
-              f"change, of contexts in a pass; converged, share below {CONVERGED}", flush=True)
+        learns = "cell", "hidden", "out", "scale", "head.bias", "embed"  # the head's table follows
+        super().__init__(model, train, val, learns)
+        print("\nPhase 1: loss, nats it takes to tell the next word from all others; change, of\n"
+              f"contexts in a pass; converged, share of them below {CONVERGED}", flush=True)
 
     def loss(self, part, ids: Tensor, mask: Tensor, before: Tensor | None) -> tuple:
         """ids, mask (B, T), their states before (B, T, C), in the last pass -> what is to be
         minimised; sums of words, contrast, change, converged; states (B, T, C)."""
         states, at = self.model.states(ids, guess=before), ids[:, 1:] != UNK
-        x, s, y = self.model.read(ids)[:, :-1][at], states[:, :-1][at], ids[:, 1:][at]
-        q = self.model.query(x, s)  # x whole: where it is dropped, contexts learn to repeat it
-        negatives = torch.multinomial(self.negative_weights, NEGATIVES, True).to(self.device)
-        table = F.normalize(self.model.embed.weight, dim=-1)
-        right = (q * table[y]).sum(-1, keepdim=True)
-        wrong = (q @ table[negatives].T).masked_fill(y[:, None] == negatives, -math.inf)
-        scores = self.model.scale.detach() * torch.cat((right, wrong), 1)
-        contrast = F.cross_entropy(scores, torch.zeros_like(y), reduction="sum")
+        x, s, y = self.model.read(ids[:, :-1][at]), states[:, :-1][at], ids[:, 1:][at]
+        # x whole: where it is dropped, contexts learn to repeat it
+        z = self.model.logits(x, s, self.model.embed.weight)
+        contrast = F.cross_entropy(z, y, reduction="sum")
         old = 0 if before is None else context(before)
         change = (context(states) - old)[:, 1:][at].pow(2).mean(-1)  # 1 where no pass came before
         sums = (at.sum(), contrast, change.sum(), (change < CONVERGED).sum())
@@ -732,7 +731,8 @@ class Phase2(Phase):
             shown = pad(map(self.with_holes, part), self.device) if holes else ids
             states = self.model.states(shown)
         at = mask[:, 1:]
-        z, y = self.model.logits(ids[:, :-1][at], states[:, :-1][at]), ids[:, 1:][at]
+        x, s, y = self.model.read(ids[:, :-1][at]), states[:, :-1][at], ids[:, 1:][at]
+        z = self.model.logits(self.model.dropout(x), s)
         loss, right = F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
         return loss, (at.sum(), loss, right), states
 

@@ -355,12 +355,6 @@ def test_a_resume_with_other_settings_or_other_data_is_refused_in_one_line():
     chats(shipped(9))
     one_line("other data", f"{options} --resume")
 
-def test_checkpoints_are_the_last_and_the_best_of_each_phase_and_hold_no_code():
-    run(f"{TINY} --patience 2")
-    found = {path.name: torch.load(path, weights_only=True)  # which refuses code
-             for path in Path("checkpoints").iterdir()}
-    assert sorted(found) == [f"phase{k}-{kind}.pt" for k in "12" for kind in ("best", "last")]
-
 @pytest.mark.parametrize("options", [
     "", "--joint", "--iterations 0", "--num-layers 2 --token-input-all-layers", "--dropout 0.2",
     "--patience 2", "--cache-gb 0", "--dtype bfloat16", "--joint --patience 2 --solver parallel"])
@@ -374,6 +368,9 @@ def test_patience_stops_training_and_the_best_epoch_is_the_one_to_chat_with():
     held_out = [float(x) for x in re.findall(r"held-out loss ([\d.]+)", said.split("Phase 2")[1])]
     best = read_checkpoint(Path("checkpoints/phase2-best.pt"))[1]["figures"]["held-out loss"]
     assert len(held_out) < 30 and min(held_out) == float(f"{best:.4g}") < held_out[-1]
+    assert "passes have gained nothing: the best is kept" in said
+    assert sorted(path.name for path in Path("checkpoints").iterdir()) == [
+        f"phase{k}-{kind}.pt" for k in "12" for kind in ("best", "last")]
 
 def test_both_solvers_train_to_the_same_losses():
     for solver in ("parallel", "sequential"):
@@ -598,15 +595,11 @@ def seconds(function):
 def keep(rows, table, measure, *args):
     """Print what is measured, and each row when it is there; add it to those that --json writes."""
     print(f"\n{measure.__doc__}")
-    heading = []
     for row in measure(*args):
         rows.append(dict(table=table) | row)
         shown = {k: v if isinstance(v, str) else f"{v:,.0f}" if v >= 1000 else f"{v:.4g}"
                  for k, v in row.items() if k not in ("choice", "data")}
-        if heading != [*shown]:
-            heading = [*shown]
-            print(*(f"{name:>10}" for name in heading))
-        print(*(f"{text:>10}" for text in shown.values()))
+        print(" | ".join(f"{name} {text}" for name, text in shown.items()))
 
 def preset(name, **changes):
     return replace(newllm.parse([f"--{name}"]), embeddings="learned", embed_dim=256, **changes)
@@ -694,12 +687,12 @@ MODELS = {  # what differs from SETTINGS, all that is tried; the last three are 
 
 class Baseline(NewLLM):
     """A GRU or a pre-norm Transformer in place of the blocks, so that Phase2 trains all alike."""
-    def __init__(self, kind, head, V, config, state=600):
+    def __init__(self, kind, V, config, state=540):
         super().__init__(config, V)
-        E, self.plain, self.hidden = config.embed_dim, head == "products", None
+        E, self.hidden = config.embed_dim, None
         self.cell = nn.GRU(E, state, batch_first=True) if kind == "GRU" else nn.ModuleList(
             [nn.Embedding(config.max_len, E, _weight=torch.randn(config.max_len, E) * 0.02)] +
-            [nn.TransformerEncoderLayer(E, 4, 4 * E, config.dropout, "gelu", batch_first=True,
+            [nn.TransformerEncoderLayer(E, 4, 3 * E, config.dropout, "gelu", batch_first=True,
                                         norm_first=True) for _ in range(2)])
         self.out = nn.Sequential(nn.Linear(state if kind == "GRU" else E, E), nn.LayerNorm(E))
 
@@ -715,11 +708,8 @@ class Baseline(NewLLM):
                 x = layer(x, src_mask=mask, is_causal=True)
             return x
 
-    def logits(self, ids, states):
-        q, W = self.out(self.dropout(states)).float(), self.head.weight
-        q, W = ((self.dropout(q), W) if self.plain else
-                (self.scale * F.normalize(q, dim=-1), F.normalize(W, dim=-1)))
-        return F.linear(q, W, self.head.bias).float()
+    def query(self, x, states):
+        return self.out(self.dropout(states))
 
 def split_file(path, tokens=math.inf, most=None):
     """Dialogues to train on, to choose with and to report on; V, the vocabulary of the first."""
@@ -755,10 +745,12 @@ def both_phases(model, train, val, contexts_of=None):
 def train_one(kind, parts, V, seed, choice, device):
     """Train a model, and report on the third part as it was after the best epoch on the second."""
     settings = SETTINGS | choice
-    newllm.HOLES, head = settings.pop("holes", 0.1), settings.pop("head", "cosine")
+    newllm.HOLES = settings.pop("holes", 0.1)
+    if settings.pop("targets", "answers") == "all":  # the user's words too, as in Phase 1
+        parts = [[Dialogue(d.ids, torch.ones_like(d.mask)) for d in parts[0]], *parts[1:]]
     config, start = Config(**settings, seed=seed), time.perf_counter()
     torch.manual_seed(seed)
-    model = (Baseline(kind, head, V, config) if kind in ("GRU", "Transformer")
+    model = (Baseline(kind, V, config) if kind in ("GRU", "Transformer")
              else NewLLM(config, V)).to(device)
     phase, passes = both_phases(model, *parts[:2])
     taken, tokens = time.perf_counter() - start, newllm.count(parts[0])[0]
@@ -769,10 +761,9 @@ def train_one(kind, parts, V, seed, choice, device):
 
 def choices_for(kind, o):
     """The settings to choose from, in an order drawn by chance, for a budget may end the search."""
-    grid = dict(epochs=o.epochs if "joint" in MODELS[kind] else [o.own_epochs],
-                iterations=[o.iterations], dropout=o.dropouts) | MODELS[kind]
-    if kind in ("GRU", "Transformer"):
-        grid |= dict(holes=o.holes, head=o.heads)
+    joint = dict(epochs=o.epochs, targets=o.targets, holes=o.holes)
+    grid = dict(iterations=[o.iterations], epochs=[o.own_epochs], dropout=o.dropouts)
+    grid |= (joint if "joint" in MODELS[kind] else {}) | MODELS[kind]
     found = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     return random.Random(0).sample(found, len(found))
 
@@ -809,6 +800,10 @@ def scaling(o, device):
 # --- the original beside ours: python test_newllm.py --original
 class OriginalCell(Cell):
     """The original's cell: LayerNorm in the loop undoes what the gates have forgotten."""
+    def __init__(self, config):
+        super().__init__(config)
+        self.gates = nn.Linear(config.hidden_dim, 3 * config.context_dim)
+
     def forward(self, u, s):
         f, i, d = self.gates(F.silu(u + self.state_in(s))).chunk(3, dim=-1)
         s = torch.sigmoid(f) * s + torch.sigmoid(i) * torch.tanh(d)
@@ -852,50 +847,55 @@ def exhibit(device, samples=100):
         yield left | phase.run(val) | dict(contexts=how)
 
 # --- pictures of kept numbers: python test_newllm.py --plot FOLDER --json FILE ...
-POSITIONS = [1000, 10_000, 100_000]  # at which decoding is measured
 PICTURES = {  # table, x, labels of the axes, title with numbers of the last row; lines: y
-    "contexts": ("curve", "T", "tokens of one dialogue", "milliseconds for all contexts",
-        "{preset}, {T:,} tokens: {solver:,.0f} ms (error {error:.0e}), loop {loop:,.0f} ms",
+    "contexts": ("contexts", "T", "tokens of one dialogue", "milliseconds for all contexts",
+        "{T:,} tokens: in parallel {times:.1f} times as fast as one by one, error {error:.0e}",
         dict(loop=("C0o--", "New-LLM, token by token"), gru=("C1s-", "GRU of torch"),
              solver=("C0o-", "New-LLM, parallel solver"))),
     "memory": ("decoding", "position", "tokens read", "bytes carried to the next token",
         "After {position:,} tokens New-LLM carries {state:,} bytes, a key-value cache {cache:,}",
         dict(state=("C0o-", "New-LLM: state"), cache=("C2^-", "Transformer: cache")))}
 
-def plot(o, device, rows):
-    """Pictures of kept numbers; two of the three are measured where --json lacks them."""
+def plot(o, rows):
+    """Pictures of the numbers that benchmark and comparison have kept in files."""
     import matplotlib.pyplot as plt
+    plt.rcParams.update({"figure.figsize": (8, 5), "axes.titlesize": 11,
+                         "figure.constrained_layout.use": True})
     o.plot.mkdir(parents=True, exist_ok=True)
     rows += [row for path in o.json for row in json.loads(Path(path).read_text())["rows"]]
-    tables, o.json = {row["table"] for row in rows}, [o.plot / "measured.json"]
-    for table, measure, sizes in (("decoding", bench_decoding, POSITIONS), (
-            "curve", bench_contexts, [("medium", 2 ** k) for k in range(8, 15)])):
-        if table not in tables:
-            keep(rows, table, measure, sizes, device)
+    o.json, found = [o.plot / "measured.json"], {row["table"] for row in rows}
+    if missing := {"contexts", "decoding", "comparison"} - found:
+        sys.exit(f"--plot: no {', '.join(missing)} in the files of --json")
     for name, (table, x, xlabel, ylabel, title, lines) in PICTURES.items():
-        found = [row for row in rows if row["table"] == table]
-        figure, axes = plt.subplots(figsize=(8, 5), dpi=100, layout="constrained")
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        worst = max(row.get("error", 0) for row in found)
-        axes.set_title(title.format(**found[-1] | dict(error=worst)), fontsize=11)
+        found = [row for row in rows if (row["table"], row.get("preset", "medium")) ==
+                 (table, "medium")]
+        figure, axes = plt.subplots()
+        last = found[-1] | dict(error=max(row.get("error", 0) for row in found))
+        times = last.get("loop", 0) / last.get("solver", 1)
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title.format(**last, times=times))
         for y, (style, label) in lines.items():
             axes.loglog([row[x] for row in found], [row[y] for row in found], style, label=label)
         axes.legend()
-        figure.savefig(o.plot / f"{name}.png")
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=100, layout="constrained")
-    runs = [row for row in rows if row["table"] == "comparison"]
-    texts = [*dict.fromkeys(row["data"] for row in runs)]
+        figure.savefig(o.plot / f"{name}.png", dpi=100)
+    runs = [row for row in rows if row["table"] == "comparison" and row["model"] in [*MODELS][:3]]
+    label, means = lambda row: f"{Path(row['data']).stem}\n{row['tokens']:,} tokens", {}
+    texts, (figure, axes) = [*dict.fromkeys(map(label, runs))], plt.subplots()
     for k, model in enumerate(dict.fromkeys(row["model"] for row in runs)):
-        found = [[r["test"] for r in runs if (r["model"], r["data"]) == (model, text)]
+        found = [[r["test"] for r in runs if (r["model"], label(r)) == (model, text)]
                  for text in texts]
-        at, means = [i + 0.27 * k for i in range(len(texts))], [*map(statistics.mean, found)]
-        bars = axes.bar(at, means, 0.25, color=f"C{k}", label=model)
+        at, means[model] = [i + 0.27 * k for i in range(len(texts))], [*map(statistics.mean, found)]
+        bars = axes.bar(at, means[model], 0.25, color=f"C{k}", label=model)
         axes.vlines(at, [*map(min, found)], [*map(max, found)], color="black")
-        axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
-    axes.set_xticks([i + 0.27 for i in range(len(texts))], [Path(text).stem for text in texts])
-    axes.set_title("Perplexity of unseen answers, lower is better (line: seeds)", fontsize=11)
+        shown = [f"{m:.1f}" + "\n1 seed" * (len(f) == 1) for m, f in zip(means[model], found)]
+        axes.bar_label(bars, shown, label_type="center", color="white")
+    ours, *others = means.values()
+    gaps = [y / min(best, default=y) - 1 for y, *best in zip(ours, *others)]
+    axes.set_xticks([i + 0.27 for i in range(len(texts))], texts)
+    axes.set(ylabel="test perplexity (lower is better; black: range of seeds)",
+             title=f"Unseen answers: New-LLM's perplexity is {min(gaps):+.1%} to {max(gaps):+.1%} "
+                   "off the better other's")
     axes.legend()
-    figure.savefig(o.plot / "comparison.png")
+    figure.savefig(o.plot / "comparison.png", dpi=100)
 
 def script():
     parser = argparse.ArgumentParser(description="The benchmark, unless something else is asked.")
@@ -910,8 +910,8 @@ def script():
     add("--models", **many, default=[*MODELS][:3], choices=MODELS, help="three of them, or more")
     add("--tokens", type=int, default=100_000, help="to train on")
     add("--dropouts", **many, type=float, default=[0.1, 0.3, 0.5], help="to choose from")
-    add("--holes", **many, type=float, default=[0.0, 0.1], help="of GRU and Transformer")
-    add("--heads", **many, default=["cosine", "products"], help="of GRU and Transformer")
+    add("--holes", **many, type=float, default=[0.0, 0.1], help="of joint training")
+    add("--targets", **many, default=["all", "answers"], help="of joint training")
     add("--seeds", **many, type=int, default=[1, 2, 3], help="the first chooses the settings")
     add("--epochs", **many, type=int, default=[8, 16], help="of joint training")
     add("--own-epochs", type=int, default=12, help="of New-LLM's Phase 2")
@@ -921,13 +921,13 @@ def script():
     torch.set_flush_denormal(True)
     sys.stdout.reconfigure(line_buffering=True)
     newllm.print, device = lambda *text, **_: None, newllm.pick_device(o.device)
-    cpu = f"{os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}"
-    machine = (f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, torch "
-               f"{torch.__version__}, {torch.get_num_threads()} threads, {time.ctime()}")
+    name = (torch.cuda.get_device_name() if device.type == "cuda" else
+            f"{os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}")
+    machine = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {time.ctime()}"
     print(machine)
     if o.plot:
         try:
-            plot(o, device, rows)
+            plot(o, rows)
         except ModuleNotFoundError as e:
             sys.exit(f"--plot needs a package: pip install {e.name}")
     elif o.compare:
@@ -937,10 +937,10 @@ def script():
     elif o.original:
         keep(rows, "original", exhibit, device)
     else:
-        shapes = [("small", 4096), ("medium", 4096), ("large", 4096), ("medium", 32768)]
+        shapes = [("small", 4096), *(("medium", 2 ** k) for k in range(8, 16)), ("large", 4096)]
         keep(rows, "contexts", bench_contexts, [("small", 1024)] if o.quick else shapes, device)
         keep(rows, "training", bench_training, ["small", "medium"][:2 - o.quick], device)
-        keep(rows, "decoding", bench_decoding, POSITIONS[:3 - o.quick], device)
+        keep(rows, "decoding", bench_decoding, [1000, 10_000, 100_000][:3 - o.quick], device)
         exercise = [640, 3, 256] if o.quick else [6400, 10, 768]
         keep(rows, "exercise", bench_original, *exercise, device)
     if o.json:
