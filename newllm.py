@@ -3,7 +3,7 @@
 All that the model remembers of a text is one vector of fixed size, the state. A token changes it,
 the next word is read from it, and it is handed on to the next token: a chat costs the same memory
 and the same time per token after ten tokens and after a million. Training has two phases: Phase 1
-learns the states of all tokens in parallel, Phase 2 keeps them fixed and learns to speak.
+learns the states of all tokens in parallel, Phase 2 freezes what makes them and learns to speak.
 
     python newllm.py --small                       learn ten dialogues by heart, in seconds
     python newllm.py --medium --data mine.jsonl    all of your own by heart
@@ -51,18 +51,18 @@ class Config:
     embeddings: str = option("model", "learned", "learned, gpt2 (frozen), auto (either), or a file")
     embed_dim: int = option("model", 256, "E of learned embeddings; GPT-2's have 768")
     num_layers: int = option("model", 1, "hidden layers of each of the two blocks")
-    context_dim: int = option("model", 128, "C, numbers in the state")
+    context_dim: int = option("model", 128, "C, numbers in the state", least=2)
     hidden_dim: int = option("model", 256, "H, units of a hidden layer")
     token_input_all_layers: bool = option("model", False, "feed the token to all hidden layers")
     dropout: float = option("model", 0.0, "share of x and of units dropped", least=0, most=1)
     solver: str = option("model", "auto", "of the states", ("auto", "parallel", "sequential"))
     joint: bool = option("model", False, "Phase 2 trains the context block too")
     seed: int = option("model", 42, "of everything random", least=0, most=2 ** 31)
-    iterations: int = option("Phase 1", 40, "passes over the data; 0: contexts untrained", least=0)
+    iterations: int = option("Phase 1", 40, "at most so many passes; 0: no Phase 1", least=0)
     learning_rate: float = option("Phase 1", 4e-3, "AdamW's peak, in both phases", least=1e-9)
     batch_tokens: int = option("Phase 1", 64, "of an optimizer step, in both phases")
     epochs: int = option("Phase 2", 40, "passes over the data")
-    patience: int = option("Phase 2", 0, "passes without gain until it ends; 0: by heart", least=0)
+    patience: int = option("Phase 2", 0, "above 0: hold out, end after so many in vain", least=0)
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("machine", "auto", "of the token block", ("auto", "float32", "bfloat16"))
     cache_gb: float = option("machine", 4.0, "GB for states; if too few, no CVFP", least=0)
@@ -269,8 +269,8 @@ class Cell(nn.Module):
             a = F.silu(layer(a) + (others[k] if others else 0))
         f, d = self.gates(a).chunk(2, dim=-1)
         f, d = torch.sigmoid(f), torch.tanh(d)                  # forget gate, candidate
-        # f s + (1 - f) d, as in a GRU (Cho et al. 2014): an average, so |s| stays below 1, and
-        # what is old fades, as errors do. LayerNorm would blow them up; it comes at the reading.
+        # f s + (1 - f) d, as in a GRU (Cho et al. 2014): an average, so |s| stays below 1, and a
+        # wrong start fades. LayerNorm in here would blow it up again; it comes at the reading.
         return torch.lerp(d, s, f), f
 
 def walk(cell: Cell, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -425,8 +425,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         return self.out(a)
 
     def logits(self, x: Tensor, states: Tensor, table: Tensor | None = None) -> Tensor:
-        """Output head: x (..., E), states (..., C) -> (..., V). The score of word w is
-        g cos(q, e_w) + b_w, e_w being its row of the table (V, E); None: the head's."""
+        """Token block and output head: x (..., E), states (..., C) -> (..., V). The score of word w
+        is g cos(q, e_w) + b_w, e_w being its row of the table (V, E); None: the head's."""
         q = self.scale * F.normalize(self.query(x, states).float(), dim=-1)
         table = F.normalize(self.head.weight if table is None else table, dim=-1)
         return F.linear(q, table, self.head.bias).float()
@@ -488,12 +488,11 @@ class Phase:
     how many words, and for each of the figures `names` its sum over them; and the states. What is
     random in a step follows from its number, schedule.last_epoch: resumed runs give equal figures
     (but for Phase 1 of several processes: a checkpoint has the states of the first)."""
-    def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue], learns: tuple):
+    def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         self.model, self.train, self.val, self.config = model, train, val, model.config
         self.device, self.states = model.vocab.device, {}  # (T, C) of each dialogue, if they fit
         self.caches = 4 * count(train)[0] * self.config.context_dim <= 1e9 * self.config.cache_gb
-        learning = {name: p for name, p in model.named_parameters()
-                    if name.startswith(learns) and p.requires_grad}
+        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.learning, rate = [*learning.values()], self.config.learning_rate
         self.optimizer = torch.optim.AdamW(fused=True, params=[
             dict(params=[p], lr=rate * (TABLE_RATE if name in TABLES else 1))
@@ -507,9 +506,9 @@ class Phase:
         self.bf16 = dtype == "bfloat16" or dtype == "auto" and can
 
     def fit(self, key: int = 0):
-        """Train until the epochs are over, or `patience` of them have gained nothing. Returns self.
-        Goes on from a last checkpoint of the same settings and `key`: data, cell, first weights;
-        Phase 2 with --resume only."""
+        """Train until the epochs are over, or `patience` in a row have gained nothing; where there
+        is patience, the best weights are taken. Goes on from a last checkpoint of the same settings
+        and `key` (data, cell, first weights); Phase 2 with --resume only. Returns self."""
         best, last = (Path(self.config.out, f"{self.name}-{kind}.pt") for kind in ("best", "last"))
         wanted = last.exists() and (self.config.resume or self.name == "phase1")
         epoch, lowest, waited = self.resume(last, key) if wanted else (0, math.inf, 0)
@@ -533,17 +532,19 @@ class Phase:
             for path, content in ((best, to_chat), (last, to_chat | to_go_on)):
                 if RANK == 0 and (gained or path == last):
                     save(path, lambda file: torch.save(content, file))
+            self.config.resume = False  # a later phase's checkpoint would be of another run
             left = (time.perf_counter() - start) / (epoch - first) * (self.epochs - epoch)
             shown = [f"{epoch:5d} of {self.epochs}", *(f"{k} {v:.4g}" for k, v in figures.items())]
             print(" | ".join([*shown, f"{left:.0f} s left"]), flush=True)
             for k, v in figures.items() if writer else ():
                 writer.add_scalar(f"{self.name}/{k}", v, epoch)
         if epoch < self.epochs:
-            print(f"  {waited} passes have gained nothing: the best is kept")
+            print(f"  no gain in {waited} passes: the best is kept")
         if WORLD > 1:
             dist.barrier()  # until the best is written
         if self.patience:
-            self.model.load_state_dict(torch.load(best, self.device, weights_only=True)["model"])
+            with explained(f"cannot use {best}", "train anew, without --resume"):
+                self.model.load_state_dict(torch.load(best, "cpu", weights_only=True)["model"])
         return self
 
     def resume(self, last: Path, key: int) -> tuple[int, float, int]:
@@ -559,7 +560,7 @@ class Phase:
             return 0, math.inf, 0
         for part in ("model", "optimizer", "schedule"):
             getattr(self, part).load_state_dict(old[part])
-        self.states = old["states"]
+        self.states = old["states"] if self.caches else {}
         print(f"  going on after pass {old['progress'][0]}, found in {last}")
         return old["progress"]
 
@@ -619,7 +620,7 @@ class Phase:
     def compute(self, dialogues: list[Dialogue], part: list[int]) -> tuple[Tensor, dict]:
         """Some dialogues' sums and new states; to learn, their gradients are added up."""
         learn = self.model.training
-        torch.manual_seed(self.config.seed + learn * self.schedule.last_epoch)  # in all processes
+        torch.manual_seed(self.config.seed + self.schedule.last_epoch)  # for dropout
         ids, mask = (pad(x, self.device) for x in zip(*(dialogues[i] for i in part)))
         held = [self.states[i] for i in part if learn and i in self.states]
         before = pad(held, self.device) if len(held) == len(part) else None
@@ -649,29 +650,27 @@ DIVERSITY, CONVERGED = 0.9, 0.01  # w; mean squared change of a context that is 
 class Phase1(Phase):
     """Contexts that settle and differ: loss = (1 - w) CVFP + w diversity, w being DIVERSITY. CVFP,
     context vector fixed point, is the mean squared change of a context since the last pass.
-    Diversity is a contrast (InfoNCE, van den Oord et al. 2018): tell the next word from all others
-    by the token block's score, which spreads contexts out (uniformity: Wang & Isola 2020)."""
+    Diversity is the cross entropy of the next word, the user's too, by the token block's score:
+    contexts that have to tell words apart spread out (uniformity: Wang & Isola 2020)."""
     name, names, groups = "phase1", ("loss", "change", "converged"), ("model", "Phase 1")
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         self.epochs, self.patience = model.config.iterations, 2
-        learns = "cell", "hidden", "out", "scale", "head.bias", "embed"  # the head's table follows
-        super().__init__(model, train, val, learns)
-        print("\nPhase 1: loss, nats it takes to tell the next word from all others; change, of\n"
-              f"contexts in a pass; converged, share of them below {CONVERGED}", flush=True)
+        super().__init__(model, train, val)
+        print("\nPhase 1: loss, nats per word, the user's too; change, of contexts in a pass;\n"
+              f"converged, share of them below {CONVERGED}", flush=True)
 
     def loss(self, part, ids: Tensor, mask: Tensor, before: Tensor | None) -> tuple:
         """ids, mask (B, T), their states before (B, T, C), in the last pass -> what is to be
-        minimised; sums of words, contrast, change, converged; states (B, T, C)."""
+        minimised; sums of words, loss, change, converged; states (B, T, C)."""
         states, at = self.model.states(ids, guess=before), ids[:, 1:] != UNK
         x, s, y = self.model.read(ids[:, :-1][at]), states[:, :-1][at], ids[:, 1:][at]
-        # x whole: where it is dropped, contexts learn to repeat it
-        z = self.model.logits(x, s, self.model.embed.weight)
-        contrast = F.cross_entropy(z, y, reduction="sum")
+        z = self.model.logits(x, s, self.model.embed.weight)  # x whole, or contexts would repeat it
+        loss = F.cross_entropy(z, y, reduction="sum")
         old = 0 if before is None else context(before)
         change = (context(states) - old)[:, 1:][at].pow(2).mean(-1)  # 1 where no pass came before
-        sums = (at.sum(), contrast, change.sum(), (change < CONVERGED).sum())
-        return (1 - DIVERSITY) * change.sum() + DIVERSITY * contrast, sums, states
+        sums = (at.sum(), loss, change.sum(), (change < CONVERGED).sum())
+        return (1 - DIVERSITY) * change.sum() + DIVERSITY * loss, sums, states
 
     @torch.no_grad()
     def report(self):
@@ -702,7 +701,7 @@ class Phase2(Phase):
     """Cross entropy of the assistant's words, with the token block that Phase 1 has begun. To learn
     for new text, the frozen context block reads the dialogues anew in every pass, with dropout and
     a share HOLES of the tokens hidden: contexts of a text that it knows by heart would be trusted
-    more than a chat's deserve. Validation has neither. By heart, contexts are made once."""
+    more than a chat's deserve. Validation has neither. By heart, without dropout, they are kept."""
     name, names, groups = "phase2", ("loss", "right"), ("model", "Phase 1", "Phase 2")
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
@@ -710,9 +709,9 @@ class Phase2(Phase):
         self.epochs, self.patience = config.epochs, config.patience
         model.cell.requires_grad_(joint)
         model.embed.requires_grad_(joint and config.embeddings == "learned")
-        super().__init__(model, train, val, ("",))
+        super().__init__(model, train, val)
         self.caches &= not (joint or config.patience or config.dropout)
-        how = "context and token block learn together" if joint else "contexts are frozen"
+        how = "both blocks learn" if joint else "the context block is frozen"
         print(f"\nPhase 2: {how}; loss, nats per word of the assistant;\n"
               "right, share of the words that it would say; perplexity, e^loss", flush=True)
 
@@ -852,7 +851,7 @@ def train_model(config: Config) -> NewLLM | None:
     key = hash((round(probe, 5), *texts))
     if config.iterations:
         Phase1(model, train, val).fit(key).report()
-    model.head.weight.data.copy_(model.embed.weight)
+    model.head.weight.data.copy_(model.embed.weight)  # from here on it learns apart, see NewLLM
     Phase2(model, train, val).fit(key)
     return model.eval()
 
