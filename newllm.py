@@ -493,7 +493,7 @@ class Phase:
         self.device, self.states = model.vocab.device, {}  # (T, C) of each dialogue, if they fit
         self.caches = 4 * count(train)[0] * self.config.context_dim <= 1e9 * self.config.cache_gb
         learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.learning, rate = [*learning.values()], self.config.learning_rate
+        self.learning, rate = [*learning.values()], self.rate * self.config.learning_rate
         self.optimizer = torch.optim.AdamW(fused=True, params=[
             dict(params=[p], lr=rate * (TABLE_RATE if name in TABLES else 1))
             for name, p in learning.items()])
@@ -655,7 +655,7 @@ class Phase1(Phase):
     name, names, groups = "phase1", ("loss", "change", "converged"), ("model", "Phase 1")
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
-        self.epochs, self.patience = model.config.iterations, 2
+        self.epochs, self.patience, self.rate = model.config.iterations, 2, 1.0
         super().__init__(model, train, val)
         print("\nPhase 1: loss, nats per word, the user's too; change, of contexts in a pass;\n"
               f"converged, share of them below {CONVERGED}", flush=True)
@@ -695,7 +695,7 @@ def effective_rank(c: Tensor) -> float:
     return torch.special.entr(p).sum().exp().item() / c.shape[1]
 
 # --- 7. Phase 2: learn to predict the assistant's words -------------------------------------------
-HOLES = 0.1  # share of the tokens that the context block is not shown
+HOLES, GENTLE = 0.1, 0.15  # share of tokens hidden; of the learning rate, after Phase 1
 
 class Phase2(Phase):
     """Cross entropy of the assistant's words, with the token block that Phase 1 has begun. To learn
@@ -707,6 +707,7 @@ class Phase2(Phase):
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         config, joint = model.config, model.config.joint
         self.epochs, self.patience = config.epochs, config.patience
+        self.rate = GENTLE if config.iterations and not joint else 1.0
         model.cell.requires_grad_(joint)
         model.embed.requires_grad_(joint and config.embeddings == "learned")
         super().__init__(model, train, val)
