@@ -695,19 +695,19 @@ def effective_rank(c: Tensor) -> float:
     return torch.special.entr(p).sum().exp().item() / c.shape[1]
 
 # --- 7. Phase 2: learn to predict the assistant's words -------------------------------------------
-HOLES, GENTLE = 0.1, 0.15  # share of tokens hidden; of the learning rate, after Phase 1
+HOLES, GENTLE = 0.1, 0.15  # for new text: share of tokens hidden; of the learning rate
 
 class Phase2(Phase):
-    """Cross entropy of the assistant's words, with the token block that Phase 1 has begun. To learn
-    for new text, the frozen context block reads the dialogues anew in every pass, with dropout and
-    a share HOLES of the tokens hidden: contexts of a text that it knows by heart would be trusted
-    more than a chat's deserve. Validation has neither. By heart, without dropout, they are kept."""
+    """Cross entropy of the assistant's words, by the token block that Phase 1 has begun. For new
+    text it goes on gently, and the frozen context block reads the dialogues anew in every pass,
+    with dropout and a share HOLES of the tokens hidden: contexts of a text known by heart would be
+    trusted more than a chat's deserve; validation has neither. By heart, contexts are kept."""
     name, names, groups = "phase2", ("loss", "right"), ("model", "Phase 1", "Phase 2")
 
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         config, joint = model.config, model.config.joint
         self.epochs, self.patience = config.epochs, config.patience
-        self.rate = GENTLE if config.iterations and not joint else 1.0
+        self.rate = GENTLE if config.iterations and config.patience and not joint else 1.0
         model.cell.requires_grad_(joint)
         model.embed.requires_grad_(joint and config.embeddings == "learned")
         super().__init__(model, train, val)
