@@ -69,9 +69,9 @@ class Chat:
         """Read what is unread, in pieces. Returns the logits (1, V) of the next token."""
         while self.unread:
             ids, self.unread = self.unread[:512], self.unread[512:]
-            _, logits, self.state = self.model(self.tensor([ids]), state=self.state)
+            self.state = self.model.states(self.tensor([ids]), self.state)[:, -1]
             self.seen += len(ids)
-        return logits[:, -1]
+        return self.model.logits(self.state)
 
     def sampled(self):
         """Yield tokens one by one. Each is unread until the next one is asked for."""
@@ -95,8 +95,8 @@ class Chat:
             if self.stop or len(done) >= n and max(done)[0] >= totals[0] / length:
                 break
             last = self.tensor([beam[-1:] for beam in beams])
-            logits, state = self.model(last, state=state[list(parents)])[1:]
-            logits = logits[:, -1]
+            state = self.model.states(last, state[list(parents)])[:, -1]
+            logits = self.model.logits(state)
         return max(done + [(total / length, beam) for total, beam in zip(totals, beams)])[1]
 
     def stats(self) -> str:

@@ -49,23 +49,24 @@ class Config:
     samples: int = option("data", 10, "dialogues to read; 0: all, as with a file of yours", least=0)
     max_len: int = option("data", 512, "tokens after which a dialogue is cut", least=2)
     embeddings: str = option("model", "learned", "learned, gpt2 (frozen), auto (either), or a file")
-    embed_dim: int = option("model", 256, "E of learned embeddings; GPT-2's have 768")
-    num_layers: int = option("model", 1, "hidden layers of each of the two blocks")
+    embed_dim: int = option("model", 256, "E of learned embeddings; GPT-2's have 768",
+                           least=2)
+    num_layers: int = option("model", 1, "hidden layers of the context block")
     context_dim: int = option("model", 128, "C, numbers in the state", least=2)
-    hidden_dim: int = option("model", 256, "H, units of a hidden layer")
-    token_input_all_layers: bool = option("model", False, "feed the token to all hidden layers")
-    dropout: float = option("model", 0.0, "share of x and of units dropped", least=0, most=1)
+    hidden_dim: int = option("model", 128, "H, units of a hidden layer")
+    token_input_all_layers: bool = option("model", False, "feed the token to later hidden layers")
+    dropout: float = option("model", 0.0, "share of x and of c dropped", least=0, most=1)
     solver: str = option("model", "auto", "of the states", ("auto", "parallel", "sequential"))
     joint: bool = option("model", False, "Phase 2 trains the context block too")
     seed: int = option("model", 42, "of everything random", least=0, most=2 ** 31)
     iterations: int = option("Phase 1", 40, "at most so many passes; 0: no Phase 1", least=0)
-    learning_rate: float = option("Phase 1", 4e-3, "AdamW's peak, in both phases", least=1e-9)
+    learning_rate: float = option("Phase 1", 4e-3, "AdamW's peak, of both phases", least=1e-9)
     batch_tokens: int = option("Phase 1", 64, "of an optimizer step, in both phases")
     epochs: int = option("Phase 2", 40, "passes over the data")
     patience: int = option("Phase 2", 0, "above 0: hold out, end after so many in vain", least=0)
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = option("machine", "auto", "of the token block", ("auto", "float32", "bfloat16"))
-    cache_gb: float = option("machine", 4.0, "GB for states; if too few, no CVFP", least=0)
+    dtype: str = option("machine", "auto", "of what scores words", ("auto", "float32", "bfloat16"))
+    cache_gb: float = option("machine", 4.0, "GB for states, or no passes are compared", least=0)
     out: str = option("machine", "checkpoints", "folder of the checkpoints")
     cache: str = option("machine", "cache", "folder of downloads")
     resume: bool = option("machine", False, "go on from the last checkpoint in --out")
@@ -81,12 +82,12 @@ class Config:
 PRESETS = {  # what it is for, and what it changes
     "small": ("ten dialogues by heart, in seconds (this is the default)", {}),
     "medium": ("100 dialogues of UltraChat by heart", dict(
-        data="ultrachat", samples=100, embeddings="auto", num_layers=2, context_dim=256,
-        hidden_dim=512, iterations=20, learning_rate=3e-3, batch_tokens=512)),
+        data="ultrachat", samples=100, embeddings="auto", context_dim=384, hidden_dim=384,
+        iterations=24, epochs=12, learning_rate=3e-3, batch_tokens=512)),
     "large": ("1,000 dialogues of UltraChat, to answer new questions", dict(
-        data="ultrachat", samples=1000, max_len=1024, embeddings="auto", num_layers=4,
-        context_dim=512, hidden_dim=1024, dropout=0.3, iterations=24, epochs=12, patience=2,
-        learning_rate=2e-3, batch_tokens=2048))}
+        data="ultrachat", samples=1000, max_len=1024, embeddings="auto", context_dim=600,
+        hidden_dim=600, dropout=0.5, iterations=24, epochs=12, patience=2, learning_rate=2e-3,
+        batch_tokens=2048))}
 
 def parse(argv: list[str]) -> Config:
     """The command line as a Config."""
@@ -382,7 +383,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     def __init__(self, config: Config, vocab_size: int = 50259):
         super().__init__()
         self._hub_mixin_config = asdict(config) | dict(vocab_size=vocab_size)  # its config.json
-        E, C, H = config.embed_dim, config.context_dim, config.hidden_dim
+        E, C = config.embed_dim, config.context_dim
         self.config, self.sweeps = config, 0
         self.register_buffer("vocab", torch.arange(-3, vocab_size - 3))  # see Tokenizer
         self.embed, self.head = nn.Embedding(vocab_size, E), nn.Linear(E, vocab_size)
@@ -392,9 +393,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             self.head.weight = self.embed.weight
         self.embed.requires_grad_(config.embeddings == "learned")
         self.cell = Cell(config)
-        widths = [E + C] + [H + E * config.token_input_all_layers] * (config.num_layers - 1)
-        self.hidden = nn.ModuleList(nn.Linear(width, H) for width in widths)
-        self.out, self.dropout = nn.Linear(H, E), nn.Dropout(config.dropout)
+        self.out, self.dropout = nn.Linear(C, E), nn.Dropout(config.dropout)
         self.scale = nn.Parameter(torch.tensor(10.0))  # g, 1 / temperature
 
     def read(self, ids: Tensor) -> Tensor:
@@ -416,18 +415,15 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
             states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess, *learns)
             return states
 
-    def query(self, x: Tensor, states: Tensor) -> Tensor:
-        """Token block, q = FNN([x, c]): x (..., E), states (..., C) -> (..., E)."""
-        a = context(states)
-        for layer in self.hidden:
-            a = a if a.shape[-1] == layer.in_features else torch.cat((x, a), dim=-1)
-            a = self.dropout(F.silu(layer(a)))
-        return self.out(a)
+    def query(self, states: Tensor) -> Tensor:
+        """Token block, q = W c + v: states (..., C) -> (..., E), with the direction that the next
+        token's embedding should have."""
+        return self.out(self.dropout(context(states)))
 
-    def logits(self, x: Tensor, states: Tensor, table: Tensor | None = None) -> Tensor:
-        """Token block and output head: x (..., E), states (..., C) -> (..., V). The score of word w
-        is g cos(q, e_w) + b_w, e_w being its row of the table (V, E); None: the head's."""
-        q = self.scale * F.normalize(self.query(x, states).float(), dim=-1)
+    def logits(self, states: Tensor, table: Tensor | None = None) -> Tensor:
+        """Token block and output head: states (..., C) -> (..., V). The score of word w is
+        g cos(q, e_w) + b_w, e_w being its row of the table (V, E); None: the head's."""
+        q = self.scale * F.normalize(self.query(states).float(), dim=-1)
         table = F.normalize(self.head.weight if table is None else table, dim=-1)
         return F.linear(q, table, self.head.bias).float()
 
@@ -436,7 +432,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         """ids (B, T) -> logits (B, T, V) and the state after the last token. state: where another
         call ended. labels (B, T), as Hugging Face has them (-100: ignored) -> the mean loss too."""
         states = self.states(input_ids, state)
-        logits, loss = self.logits(self.dropout(self.read(input_ids)), states), None
+        logits, loss = self.logits(states), None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return Output(loss, logits, states[:, -1])
@@ -450,7 +446,7 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
         while ids.shape[1] < input_ids.shape[1] + max_new_tokens and not ended.all():
             state = self.states(unread, state)[:, -1]
-            token = choose(self.logits(self.read(unread[:, -1]), state), ids, **sampling)
+            token = choose(self.logits(state), ids, **sampling)
             unread = token.masked_fill(ended, eos)[:, None]
             ids, ended = torch.cat((ids, unread), 1), unread[:, 0] == eos
         return ids
@@ -543,19 +539,26 @@ class Phase:
         if WORLD > 1:
             dist.barrier()  # until the best is written
         if self.patience:
-            with explained(f"cannot use {best}", "train anew, without --resume"):
+            with explained(f"cannot use {best}", "delete what is there, or take another --out"):
                 self.model.load_state_dict(torch.load(best, "cpu", weights_only=True)["model"])
         return self
 
     def resume(self, last: Path, key: int) -> tuple[int, float, int]:
         """Take over the last checkpoint, if it is of this run. Returns its progress, or none."""
-        old, new = read_checkpoint(last)[1], asdict(self.config)
+        try:
+            old, new = read_checkpoint(last)[1], asdict(self.config)
+        except UserError as e:
+            if self.config.resume:
+                raise
+            print(f"  {e}; Phase 1 begins anew")
+            return 0, math.inf, 0
         names = [f.name for f in fields(Config) if f.metadata["group"] in self.groups]
         other = [f"{flag(k)} {old['config'][k]}, not {new[k]}" for k in names
                  if old["config"][k] != new[k]]
         other += ["other data or another cell"] * (old["key"] != key)
         if other and self.config.resume:
-            raise UserError(f"--resume: {last} has {other[0]}; undo that, or take another --out")
+            raise UserError(f"--resume: {last} has {other[0]}; undo that, or "
+                            "leave out --resume (a finished Phase 1 is kept)")
         if other:
             return 0, math.inf, 0
         for part in ("model", "optimizer", "schedule"):
@@ -591,8 +594,8 @@ class Phase:
                 found = [self.compute(dialogues, mine[k::n]) for k in range(n)]
             except torch.OutOfMemoryError:
                 if n >= len(mine):
-                    raise UserError("not even one dialogue fits into memory; lower --max-len or "
-                                    "--hidden-dim") from None
+                    raise UserError("not even one dialogue fits into memory; lower "
+                                    "--max-len") from None
                 self.parts = 2 * n
                 print(f"memory: too little; a step is computed in {2 * n} parts")
         if not self.parts:
@@ -661,12 +664,11 @@ class Phase1(Phase):
               f"converged, share of them below {CONVERGED}", flush=True)
 
     def loss(self, part, ids: Tensor, mask: Tensor, before: Tensor | None) -> tuple:
-        """ids, mask (B, T), their states before (B, T, C), in the last pass -> what is to be
+        """ids, mask (B, T), their states in the last pass (B, T, C) or None -> what is to be
         minimised; sums of words, loss, change, converged; states (B, T, C)."""
         states, at = self.model.states(ids, guess=before), ids[:, 1:] != UNK
-        x, s, y = self.model.read(ids[:, :-1][at]), states[:, :-1][at], ids[:, 1:][at]
-        z = self.model.logits(x, s, self.model.embed.weight)  # x whole, or contexts would repeat it
-        loss = F.cross_entropy(z, y, reduction="sum")
+        z = self.model.logits(states[:, :-1][at], self.model.embed.weight)
+        loss = F.cross_entropy(z, ids[:, 1:][at], reduction="sum")
         old = 0 if before is None else context(before)
         change = (context(states) - old)[:, 1:][at].pow(2).mean(-1)  # 1 where no pass came before
         sums = (at.sum(), loss, change.sum(), (change < CONVERGED).sum())
@@ -731,8 +733,7 @@ class Phase2(Phase):
             shown = pad(map(self.with_holes, part), self.device) if holes else ids
             states = self.model.states(shown)
         at = mask[:, 1:]
-        x, s, y = self.model.read(ids[:, :-1][at]), states[:, :-1][at], ids[:, 1:][at]
-        z = self.model.logits(self.model.dropout(x), s)
+        z, y = self.model.logits(states[:, :-1][at]), ids[:, 1:][at]
         loss, right = F.cross_entropy(z, y, reduction="sum"), (z.argmax(-1) == y).sum()
         return loss, (at.sum(), loss, right), states
 

@@ -459,6 +459,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line():
         path.write_bytes(broken) if isinstance(broken, bytes) else torch.save(broken, path)
         one_line("phase2-last.pt", f"{TINY} --epochs 1 --resume")
         one_line("phase2-last.pt", "--prompt hi", chat)
+    Path("checkpoints/phase1-last.pt").write_bytes(b"of an older version")
+    assert len(losses(run(f"{TINY} --epochs 1"), phase=1)) == 3  # which nobody asked to go on from
 
 def test_gpt2s_table_of_a_wrong_name_or_shape_is_refused_and_the_true_one_taken_and_frozen():
     table, options = torch.randn(50257, 768) * 0.1, f"{TINY} --embeddings gpt2.safetensors"
@@ -678,10 +680,8 @@ def bench_original(tokens, iterations, C, device):
                    seconds=taken, solver=solver)
 
 # --- the comparison: python test_newllm.py --compare DATA.jsonl
-SETTINGS = dict(context_dim=512, hidden_dim=512, dropout=0.3, iterations=24, epochs=12, patience=2,
-                learning_rate=2e-3, batch_tokens=2048, cache_gb=8.0)
 JOINT = dict(iterations=[0], joint=[True])
-MODELS = {  # what differs from SETTINGS, all that is tried; the last three are ablations
+MODELS = {  # what differs from --large, all that is tried; the last three are ablations
     "New-LLM": {}, "GRU": JOINT, "Transformer": JOINT, "joint": JOINT,
     "no Phase 1": dict(iterations=[0]), "no holes": dict(holes=[0.0])}
 
@@ -689,7 +689,7 @@ class Baseline(NewLLM):
     """A GRU or a pre-norm Transformer in place of the blocks, so that Phase2 trains all alike."""
     def __init__(self, kind, V, config, state=540):
         super().__init__(config, V)
-        E, self.hidden = config.embed_dim, None
+        E = config.embed_dim
         self.cell = nn.GRU(E, state, batch_first=True) if kind == "GRU" else nn.ModuleList(
             [nn.Embedding(config.max_len, E, _weight=torch.randn(config.max_len, E) * 0.02)] +
             [nn.TransformerEncoderLayer(E, 4, 3 * E, config.dropout, "gelu", batch_first=True,
@@ -708,7 +708,7 @@ class Baseline(NewLLM):
                 x = layer(x, src_mask=mask, is_causal=True)
             return x
 
-    def query(self, x, states):
+    def query(self, states):
         return self.out(self.dropout(states))
 
 def split_file(path, tokens=math.inf, most=None):
@@ -744,11 +744,11 @@ def both_phases(model, train, val, contexts_of=None):
 
 def train_one(kind, parts, V, seed, choice, device):
     """Train a model, and report on the third part as it was after the best epoch on the second."""
-    settings = SETTINGS | choice
+    settings = dict(choice)
     newllm.HOLES = settings.pop("holes", 0.1)
     if settings.pop("targets", "answers") == "all":  # the user's words too, as in Phase 1
         parts = [[Dialogue(d.ids, torch.ones_like(d.mask)) for d in parts[0]], *parts[1:]]
-    config, start = Config(**settings, seed=seed), time.perf_counter()
+    config, start = preset("large", max_len=512, seed=seed, **settings), time.perf_counter()
     torch.manual_seed(seed)
     model = (Baseline(kind, V, config) if kind in ("GRU", "Transformer")
              else NewLLM(config, V)).to(device)
