@@ -829,7 +829,7 @@ def original_phase1(model, train, iterations=10):
 
 def exhibit(device, samples=100):
     """Mean square distance of cached contexts from true ones (2: unrelated), held-out answers"""
-    config = Config(str(REPO / "data/chats.jsonl"), samples=samples, epochs=4, patience=2, seed=1,
+    config = Config(str(REPO / "data/chats.jsonl"), samples=samples, epochs=12, patience=2, seed=1,
                     dropout=0.3, learning_rate=2e-3, batch_tokens=512)
     train, val, vocab = load(config)
     for how in ("New-LLM", "original", "original, walked for Phase 2"):
