@@ -49,8 +49,7 @@ class Config:
     samples: int = option("data", 10, "dialogues to read; 0: all, as with a file of yours", least=0)
     max_len: int = option("data", 512, "tokens after which a dialogue is cut", least=2)
     embeddings: str = option("model", "learned", "learned, gpt2 (frozen), auto (either), or a file")
-    embed_dim: int = option("model", 256, "E of learned embeddings; GPT-2's have 768",
-                           least=2)
+    embed_dim: int = option("model", 256, "E, if learned; GPT-2's have 768", least=2)
     num_layers: int = option("model", 1, "hidden layers of the context block")
     context_dim: int = option("model", 128, "C, numbers in the state", least=2)
     hidden_dim: int = option("model", 128, "H, units of a hidden layer")
@@ -594,8 +593,7 @@ class Phase:
                 found = [self.compute(dialogues, mine[k::n]) for k in range(n)]
             except torch.OutOfMemoryError:
                 if n >= len(mine):
-                    raise UserError("not even one dialogue fits into memory; lower "
-                                    "--max-len") from None
+                    raise UserError("one dialogue is too much for memory; lower --max-len") from None
                 self.parts = 2 * n
                 print(f"memory: too little; a step is computed in {2 * n} parts")
         if not self.parts:
