@@ -681,7 +681,7 @@ def bench_original(tokens, iterations, C, device):
 
 # --- the comparison: python test_newllm.py --compare DATA.jsonl
 JOINT = dict(iterations=[0], joint=[True])
-MODELS = {  # what differs from --large, all that is tried; the last three are ablations
+MODELS = {  # what differs from --large, all that is tried; "joint" and after: ablations
     "New-LLM": {}, "GRU": JOINT, "Transformer": JOINT, "joint": JOINT,
     "no Phase 1": dict(iterations=[0]), "no holes": dict(holes=[0.0])}
 
@@ -849,8 +849,8 @@ def exhibit(device, samples=100):
 # --- pictures of kept numbers: python test_newllm.py --plot FOLDER --json FILE ...
 PICTURES = {  # table, x, labels of the axes, title with numbers of the last row; lines: y
     "contexts": ("contexts", "T", "tokens of one dialogue", "milliseconds for all contexts",
-        "{T:,} tokens: in parallel {times[0]:.1f} times as fast as one by one, {times[1]:.1f} "
-        "times as fast as torch's GRU; error {error:.0e}",
+        "{T:,} tokens: {times[0]:.1f} times as fast as one by one, {times[1]:.1f} times as torch's "
+        "GRU; largest error {error:.0e}",
         dict(loop=("C0o--", "New-LLM, token by token"), gru=("C1s-", "GRU of torch"),
              solver=("C0o-", "New-LLM, parallel solver"))),
     "memory": ("decoding", "position", "tokens read", "bytes carried to the next token",
@@ -858,12 +858,13 @@ PICTURES = {  # table, x, labels of the axes, title with numbers of the last row
         dict(state=("C0o-", "New-LLM: state"), cache=("C2^-", "Transformer: cache")))}
 
 def plot(o, rows):
-    """Pictures of the numbers that benchmark and comparison have kept in files."""
+    """Pictures of the numbers that benchmark and comparison kept in files. Returns the machines."""
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.figsize": (8, 5), "axes.titlesize": 11,
                          "figure.constrained_layout.use": True})
     o.plot.mkdir(parents=True, exist_ok=True)
-    rows += [row for path in o.json for row in json.loads(Path(path).read_text())["rows"]]
+    files = [json.loads(Path(path).read_text()) for path in o.json]
+    rows += [row for file in files for row in file["rows"]]
     o.json, found = [o.plot / "measured.json"], {row["table"] for row in rows}
     if missing := {"contexts", "decoding", "comparison"} - found:
         sys.exit(f"--plot: no {', '.join(missing)} in the files of --json")
@@ -897,6 +898,7 @@ def plot(o, rows):
                    "off the better other's")
     axes.legend()
     figure.savefig(o.plot / "comparison.png", dpi=100)
+    return "; ".join(dict.fromkeys(file["machine"] for file in files))
 
 def script():
     parser = argparse.ArgumentParser(description="The benchmark, unless something else is asked.")
@@ -928,7 +930,7 @@ def script():
     print(machine)
     if o.plot:
         try:
-            plot(o, rows)
+            machine = plot(o, rows)
         except ModuleNotFoundError as e:
             sys.exit(f"--plot needs a package: pip install {e.name}")
     elif o.compare:
