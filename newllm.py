@@ -593,7 +593,8 @@ class Phase:
                 found = [self.compute(dialogues, mine[k::n]) for k in range(n)]
             except torch.OutOfMemoryError:
                 if n >= len(mine):
-                    raise UserError("one dialogue is too much for memory; lower --max-len") from None
+                    raise UserError("not even one dialogue fits into memory; lower --max-len or "
+                                    "--hidden-dim") from None
                 self.parts = 2 * n
                 print(f"memory: too little; a step is computed in {2 * n} parts")
         if not self.parts:

@@ -390,7 +390,7 @@ def test_a_batch_too_large_for_memory_is_computed_in_parts_with_the_same_losses(
     assert "computed in 2 parts" in run(f"{options} parts")
     same_losses("whole", "parts")
     most = 0
-    one_line("one dialogue is too much", f"{options} none")
+    one_line("not even one dialogue fits", f"{options} none")
 
 @pytest.mark.parametrize("taken, wanted", [(10, 1), (20, 2), (50, 5)])
 def test_memory_of_a_gpus_first_step_says_in_how_many_parts_steps_go(taken, wanted, monkeypatch):
