@@ -505,8 +505,13 @@ class Phase:
         is patience, the best weights are taken. Goes on from a last checkpoint of the same settings
         and `key` (data, cell, first weights); Phase 2 with --resume only. Returns self."""
         best, last = (Path(self.config.out, f"{self.name}-{kind}.pt") for kind in ("best", "last"))
-        wanted = last.exists() and (self.config.resume or self.name == "phase1")
-        epoch, lowest, waited = self.resume(last, key) if wanted else (0, math.inf, 0)
+        epoch, lowest, waited = 0, math.inf, 0
+        if last.exists() and (self.config.resume or self.name == "phase1"):
+            try:
+                epoch, lowest, waited = self.resume(last, key)
+            except UserError:
+                if self.config.resume:
+                    raise
         start, first, writer = time.perf_counter(), epoch, None
         if self.config.tensorboard and RANK == 0:
             with explained("--tensorboard", "pip install tensorboard"):
@@ -543,23 +548,15 @@ class Phase:
         return self
 
     def resume(self, last: Path, key: int) -> tuple[int, float, int]:
-        """Take over the last checkpoint, if it is of this run. Returns its progress, or none."""
-        try:
-            old, new = read_checkpoint(last)[1], asdict(self.config)
-        except UserError as e:
-            if self.config.resume:
-                raise
-            print(f"  {e}; Phase 1 begins anew")
-            return 0, math.inf, 0
+        """Take over the last checkpoint and return its progress, or UserError: it is not ours."""
+        old, new = read_checkpoint(last)[1], asdict(self.config)
         names = [f.name for f in fields(Config) if f.metadata["group"] in self.groups]
         other = [f"{flag(k)} {old['config'][k]}, not {new[k]}" for k in names
                  if old["config"][k] != new[k]]
         other += ["other data or another cell"] * (old["key"] != key)
-        if other and self.config.resume:
+        if other:
             raise UserError(f"--resume: {last} has {other[0]}; undo that, or "
                             "leave out --resume (a finished Phase 1 is kept)")
-        if other:
-            return 0, math.inf, 0
         for part in ("model", "optimizer", "schedule"):
             getattr(self, part).load_state_dict(old[part])
         self.states = old["states"] if self.caches else {}

@@ -762,8 +762,7 @@ def train_one(kind, parts, V, seed, choice, device):
 def choices_for(kind, o):
     """The settings to choose from, in an order drawn by chance, for a budget may end the search."""
     joint = dict(epochs=o.epochs, targets=o.targets, holes=o.holes)
-    grid = dict(iterations=[o.iterations], epochs=[o.own_epochs], dropout=o.dropouts)
-    grid |= (joint if "joint" in MODELS[kind] else {}) | MODELS[kind]
+    grid = dict(dropout=o.dropouts) | (joint if "joint" in MODELS[kind] else {}) | MODELS[kind]
     found = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     return random.Random(0).sample(found, len(found))
 
@@ -786,11 +785,10 @@ def compare(o, device):
 
 def scaling(o, device):
     """More and more dialogues, all with one vocabulary; test perplexity = A * tokens^alpha"""
-    path, numbers = o.scaling[0], [int(n) for n in o.scaling[1].split(",")]
+    path, numbers, points = o.scaling[0], [int(n) for n in o.scaling[1].split(",")], []
     (train, val, test), V = split_file(path, most=max(numbers))
-    choice, points = dict(iterations=o.iterations, epochs=o.own_epochs), []
     for n in sorted({min(n, len(train)) for n in numbers}):
-        row = train_one("New-LLM", (train[:n], val, test), V, o.seeds[0], choice, device)
+        row = train_one("New-LLM", (train[:n], val, test), V, o.seeds[0], {}, device)
         points.append((math.log(row["tokens"]), math.log(row["test"])))
         yield dict(dialogues=n) | row | dict(data=path)
     if len(points) > 1:
@@ -917,8 +915,6 @@ def script():
     add("--targets", **many, default=["all", "answers"], help="of joint training")
     add("--seeds", **many, type=int, default=[1, 2, 3], help="the first chooses the settings")
     add("--epochs", **many, type=int, default=[8, 16], help="of joint training")
-    add("--own-epochs", type=int, default=12, help="of New-LLM's Phase 2")
-    add("--iterations", type=int, default=24, help="of New-LLM's Phase 1")
     add("--budget", type=float, default=math.inf, help="minutes for all models")
     o, rows = parser.parse_args(), []
     torch.set_flush_denormal(True)
