@@ -65,7 +65,7 @@ class Config:
     patience: int = option("Phase 2", 0, "above 0: hold out, end after so many in vain", least=0)
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("machine", "auto", "of what scores words", ("auto", "float32", "bfloat16"))
-    cache_gb: float = option("machine", 4.0, "GB for states, or no passes are compared", least=0)
+    cache_gb: float = option("machine", 4.0, "GB for states; 0: made anew each pass", least=0)
     out: str = option("machine", "checkpoints", "folder of the checkpoints")
     cache: str = option("machine", "cache", "folder of downloads")
     resume: bool = option("machine", False, "go on from the last checkpoint in --out")
@@ -188,7 +188,7 @@ def messages_in(text: str, path: Path) -> Iterator[list[tuple[str, str]]]:
 
 def read(name: str, split: str, most: int, config: Config, tokenizer: Tokenizer) -> list[Dialogue]:
     """The first `most` dialogues of a file or a dataset, 0: all, cut at max_len; of a .txt file
-    pieces, every token a target, at least ten where some are to be held out."""
+    pieces, every token a target, about ten where some are to be held out."""
     path = Path(name) if is_file(name) else download(name, split, most, config)
     limit = config.max_len
     with explained(f"cannot read {path}", "give a .jsonl, .json or .txt file in UTF-8"):
@@ -245,7 +245,7 @@ def count(dialogues: list[Dialogue]) -> tuple[int, int]:
 
 # --- 3. The contexts: one cell, walked token by token or solved for all tokens at once ------------
 TOLERANCE, MAX_SWEEPS = 5e-5, 30  # of solve(): relative change that ends it; most sweeps
-FEW, SHORT = 4, 32  # walk() is faster for more dialogues on a CPU, and for texts up to SHORT
+FEW, SHORT = 4, 32  # on a CPU walk() is faster for over FEW dialogues, or up to SHORT tokens
 
 class Cell(nn.Module):
     """One step of the recurrence: (u_t, s_{t-1}) -> s_t."""
@@ -311,7 +311,7 @@ def solve(cell: Cell, u: Tensor, s0: Tensor, guess: Tensor | None = None) -> tup
     guesses are corrected together: start_{j+1} = end_j + kept_j * (correction of start_j), a linear
     recurrence, solved by scan(). Newton's method would take each chunk's full Jacobian for kept_j
     (Lim et al., DEER, ICLR 2024); here it is the product of the forget gates: a quasi-Newton method
-    (Gonzalez et al., arXiv 2407.19115), with other sweeps that end in the same states."""
+    (Gonzalez et al., arXiv 2407.19115), which takes other steps to the same states."""
     (B, T, _), C, chunks = u.shape, s0.shape[1], chunked(u)
     n, L = len(chunks) // B, chunks.shape[1]
     starts, last = s0.new_zeros(B, n, C), slice(L - 1, (n - 1) * L, L)  # before the next chunk
@@ -339,7 +339,8 @@ class ParallelStates(torch.autograd.Function):
     so m_2 arrives there, and autograd carries it to the first one's start: through_1 = J_1^T m_2.
     With n chunks all m_j are guessed. Were J_j the product of forget gates kept_j, one scan() would
     find them; so correct the guesses by that scan, let autograd carry them anew, and stop when they
-    change by less than a thousandth. The terms with kept_j cancel there: the gradient is true."""
+    change by less than a thousandth. Then new = m, so that the terms with kept_j cancel: the
+    gradient is true."""
     @staticmethod
     def forward(ctx, cell, u, s0, guess, *parameters):
         states, starts, sweeps = solve(cell, u, s0, guess)
@@ -402,16 +403,16 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     def states(self, ids: Tensor, state: Tensor | None = None, guess: Tensor | None = None,
                solver: str | None = None) -> Tensor:
         """Context block: ids (B, T), state (B, C) or None for zeros, guess as in solve(), solver or
-        None for the config's, of which auto takes what is faster -> states (B, T, C), float32."""
+        None for the config's (auto: the faster; up to SHORT tokens: walk) -> states (B, T, C)."""
         with torch.autocast(ids.device.type, enabled=False):
             u = self.cell.token_in(self.dropout(self.read(ids)))
             s = u.new_zeros(len(u), self.config.context_dim) if state is None else state.float()
             wanted = dict(parallel=True, sequential=False, auto=u.is_cuda or len(u) <= FEW)
-            self.sweeps = 0
-            if not wanted[solver or self.config.solver] or ids.shape[1] <= SHORT:
-                return walk(self.cell, u, s)[0]
-            learns = self.cell.parameters()
-            states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess, *learns)
+            if wanted[solver or self.config.solver] and ids.shape[1] > SHORT:
+                learns = self.cell.parameters()
+                states, self.sweeps = ParallelStates.apply(self.cell, u, s, guess, *learns)
+            else:
+                states, self.sweeps = walk(self.cell, u, s)[0], 0
             return states
 
     def query(self, states: Tensor) -> Tensor:
@@ -431,9 +432,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         """ids (B, T) -> logits (B, T, V) and the state after the last token. state: where another
         call ended. labels (B, T), as Hugging Face has them (-100: ignored) -> the mean loss too."""
         states = self.states(input_ids, state)
-        logits, loss = self.logits(states), None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        logits = self.logits(states)
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].mT, labels[:, 1:])
         return Output(loss, logits, states[:, -1])
 
     @torch.no_grad()
@@ -487,11 +487,11 @@ class Phase:
         self.model, self.train, self.val, self.config = model, train, val, model.config
         self.device, self.states = model.vocab.device, {}  # (T, C) of each dialogue, if they fit
         self.caches = 4 * count(train)[0] * self.config.context_dim <= 1e9 * self.config.cache_gb
-        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.learning, rate = [*learning.values()], self.rate * self.config.learning_rate
-        self.optimizer = torch.optim.AdamW(fused=True, params=[
+        rate = self.rate * self.config.learning_rate
+        self.optimizer = torch.optim.AdamW([
             dict(params=[p], lr=rate * (TABLE_RATE if name in TABLES else 1))
-            for name, p in learning.items()])
+            for name, p in model.named_parameters() if p.requires_grad], fused=True)
+        self.learning = [p for group in self.optimizer.param_groups for p in group["params"]]
         steps = self.epochs * len(batches_of(train, self.config.batch_tokens))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(
             1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2)
@@ -507,11 +507,8 @@ class Phase:
         best, last = (Path(self.config.out, f"{self.name}-{kind}.pt") for kind in ("best", "last"))
         epoch, lowest, waited = 0, math.inf, 0
         if last.exists() and (self.config.resume or self.name == "phase1"):
-            try:
+            with contextlib.suppress(() if self.config.resume else UserError):
                 epoch, lowest, waited = self.resume(last, key)
-            except UserError:
-                if self.config.resume:
-                    raise
         start, first, writer = time.perf_counter(), epoch, None
         if self.config.tensorboard and RANK == 0:
             with explained("--tensorboard", "pip install tensorboard"):
@@ -528,7 +525,7 @@ class Phase:
             to_chat = dict(config=asdict(self.config), model=self.model.state_dict(), key=key,
                            phase=self.name, progress=(epoch, lowest, waited), figures=figures)
             to_go_on = dict(states=self.states, optimizer=self.optimizer.state_dict(),
-                            schedule=self.schedule.state_dict())
+                            schedule=self.schedule.state_dict(), parts=self.parts)
             for path, content in ((best, to_chat), (last, to_chat | to_go_on)):
                 if RANK == 0 and (gained or path == last):
                     save(path, lambda file: torch.save(content, file))
@@ -560,6 +557,7 @@ class Phase:
         for part in ("model", "optimizer", "schedule"):
             getattr(self, part).load_state_dict(old[part])
         self.states = old["states"] if self.caches else {}
+        self.parts = old["parts"]  # on a GPU dropout depends on them
         print(f"  going on after pass {old['progress'][0]}, found in {last}")
         return old["progress"]
 
@@ -567,7 +565,7 @@ class Phase:
         """One pass over dialogues, to learn from them or only to see. Returns its figures."""
         batches = batches_of(dialogues, self.config.batch_tokens)
         order = random.Random(self.config.seed + self.schedule.last_epoch // len(batches))
-        bar = tqdm(order.sample(batches, len(batches)), disable=None, leave=False)
+        bar = tqdm(order.sample(batches, len(batches)), disable=RANK > 0 or None, leave=False)
         self.model.train(learn)
         with torch.set_grad_enabled(learn):
             sums = sum(self.step(dialogues, batch) for batch in bar)
@@ -579,7 +577,7 @@ class Phase:
     def step(self, dialogues: list[Dialogue], batch: list[int]) -> Tensor:
         """A batch of dialogues and, to learn, an optimizer step. Returns the sums that loss() does.
         A process computes its share in parts that fit into memory. On a GPU the first step has up
-        to eight, and what they took says how few will do; out of memory, it takes twice as many."""
+        to eight, and their peak says how many later ones need; out of memory, twice as many."""
         mine, found = batch[RANK::WORLD], None
         if not self.parts:
             torch.cuda.reset_peak_memory_stats()
@@ -676,12 +674,11 @@ class Phase1(Phase):
         ids = torch.cat([d.ids for d in self.train])[None, :4096].to(self.device)  # as one text
         s, found = (self.model.eval().states(ids, solver=solver)[0]
                     for solver in ("sequential", "parallel"))  # the latter's sweeps are shown
-        w, c = context(s), context(found)
-        same = F.cosine_similarity(s[1:], s[:-1]).mean()
-        alike = F.normalize(c, dim=-1).mean(0).pow(2).sum()
-        print(f"contexts are {(c - w).pow(2).mean():.0e} from the token loop's, mean square (2 is "
-              f"unrelated), found in {self.model.sweeps} sweeps; they use {effective_rank(c):.0%} "
-              f"of their dimensions\ncosine of two {alike:.2f}, of a state and the next {same:.2f}")
+        c, same = context(found), F.cosine_similarity(s[1:], s[:-1]).mean()
+        far, alike = (c - context(s)).pow(2).mean(), F.normalize(c, dim=-1).mean(0).pow(2).sum()
+        print(f"contexts are {far:.0e} from the token loop's, mean square (2 is unrelated), found "
+              f"in {self.model.sweeps} sweeps; they use {effective_rank(c):.0%} of their "
+              f"dimensions\ncosine of two {alike:.2f}, of a state and the next {same:.2f}")
         if same > 0.99:
             print("warning: identity mapping, the state hardly changes; give more --samples")
         if alike > 0.95:
@@ -827,12 +824,12 @@ def train_model(config: Config) -> NewLLM | None:
     if config.resume and not any(Path(config.out).glob("phase?-last.pt")):
         raise UserError(f"--resume: no checkpoint in {config.out}; train first, or name its --out")
     if WORLD > 1:  # started by torchrun
-        gpus = torch.cuda.device_count()
+        gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # the first one speaks for all
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus >= WORLD else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus >= local else "gloo")
     device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -846,7 +843,7 @@ def train_model(config: Config) -> NewLLM | None:
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     probe = model.states(train[0].ids[None].to(device)).mean().item()  # differs if the cell does
     texts = [tuple(ids.tolist()) for ids in (vocab, *(d.ids for d in train + val))]
-    key = hash((round(probe, 5), *texts))
+    key = hash((len(train), round(probe, 5), *texts))
     if config.iterations:
         Phase1(model, train, val).fit(key).report()
     model.head.weight.data.copy_(model.embed.weight)  # from here on it learns apart, see NewLLM
