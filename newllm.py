@@ -58,10 +58,10 @@ class Config:
     solver: str = option("model", "auto", "of the states", ("auto", "parallel", "sequential"))
     joint: bool = option("model", False, "Phase 2 trains the context block too")
     seed: int = option("model", 42, "of everything random", least=0, most=2 ** 31)
-    iterations: int = option("Phase 1", 40, "at most so many passes; 0: no Phase 1", least=0)
+    iterations: int = option("Phase 1", 20, "at most so many passes; 0: no Phase 1", least=0)
     learning_rate: float = option("Phase 1", 4e-3, "AdamW's peak, of both phases", least=1e-9)
     batch_tokens: int = option("Phase 1", 64, "of an optimizer step, in both phases")
-    epochs: int = option("Phase 2", 40, "passes over the data")
+    epochs: int = option("Phase 2", 20, "passes over the data")
     patience: int = option("Phase 2", 0, "above 0: hold out, end after so many in vain", least=0)
     device: str = option("machine", "auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = option("machine", "auto", "of what scores words", ("auto", "float32", "bfloat16"))
@@ -394,7 +394,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         self.embed.requires_grad_(config.embeddings == "learned")
         self.cell = Cell(config)
         self.out, self.dropout = nn.Linear(C, E), nn.Dropout(config.dropout)
-        self.scale = nn.Parameter(torch.tensor(10.0))  # g, 1 / temperature
+        self.scale = nn.Parameter(torch.tensor(10.0 if config.patience else 25.0))  # g: high to
+        # learn by heart in few passes; on new text sharp scores are trusted more than they deserve
 
     def read(self, ids: Tensor) -> Tensor:
         """x: ids (...) -> (..., E), normalised; of an unknown word only zeros are read."""
