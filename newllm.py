@@ -82,7 +82,7 @@ PRESETS = {  # what it is for, and what it changes
     "small": ("ten dialogues by heart, in seconds (this is the default)", {}),
     "medium": ("100 dialogues of UltraChat by heart", dict(
         data="ultrachat", samples=100, embeddings="auto", context_dim=384, hidden_dim=384,
-        iterations=24, epochs=12, learning_rate=3e-3, batch_tokens=512)),
+        iterations=16, epochs=8, batch_tokens=1024)),
     "large": ("1,000 dialogues of UltraChat, to answer new questions", dict(
         data="ultrachat", samples=1000, max_len=1024, embeddings="auto", context_dim=600,
         hidden_dim=600, dropout=0.5, iterations=24, epochs=12, patience=2, learning_rate=2e-3,

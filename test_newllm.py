@@ -632,11 +632,11 @@ def bench_training(names, device):
         yield dict(preset=name,
                    ours=ids.numel() / seconds(lambda: model.states(ids).sum().backward()),
                    gru=ids.numel() / seconds(lambda: gru(model.read(ids))[0].sum().backward()))
-    dialogues = [Dialogue(row, row > 0) for row in ids[:2].cpu()]
+    dialogues = [Dialogue(row, row > 0) for row in ids[:4].cpu()]
     for joint, what in ((False, "Phase 2 (medium), frozen contexts"), (True, "Phase 2, joint")):
-        model = NewLLM(preset("medium", joint=joint, batch_tokens=512), 6000).to(device)
+        model = NewLLM(preset("medium", joint=joint), 6000).to(device)
         phase = Phase2(model, dialogues, [])
-        yield dict(ours=512 / seconds(lambda: phase.step(dialogues, [0, 1])), steps=what)
+        yield dict(ours=1024 / seconds(lambda: phase.step(dialogues, [0, 1, 2, 3])), steps=what)
 
 def cache_step(x, layers, table, cache):
     """One token x (1, 1, E) of a Transformer with a key-value cache; random weights will do."""
