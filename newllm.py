@@ -433,8 +433,9 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         """ids (B, T) -> logits (B, T, V) and the state after the last token. state: where another
         call ended. labels (B, T), as Hugging Face has them (-100: ignored) -> the mean loss too."""
         states = self.states(input_ids, state)
-        logits = self.logits(states)
-        loss = None if labels is None else F.cross_entropy(logits[:, :-1].mT, labels[:, 1:])
+        logits, loss = self.logits(states), None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return Output(loss, logits, states[:, -1])
 
     @torch.no_grad()
