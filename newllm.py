@@ -394,8 +394,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
         self.embed.requires_grad_(config.embeddings == "learned")
         self.cell = Cell(config)
         self.out, self.dropout = nn.Linear(C, E), nn.Dropout(config.dropout)
-        self.scale = nn.Parameter(torch.tensor(10.0 if config.patience else 25.0))  # g: high to
-        # learn by heart in few passes; on new text sharp scores are trusted more than they deserve
+        # g, 1 / temperature: sharp scores are soon known by heart, but overfit where text is new
+        self.scale = nn.Parameter(torch.tensor(10.0 if config.patience else 25.0))
 
     def read(self, ids: Tensor) -> Tensor:
         """x: ids (...) -> (..., E), normalised; of an unknown word only zeros are read."""
