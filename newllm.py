@@ -128,10 +128,17 @@ class Tokenizer:
             self.pairs = tiktoken.get_encoding("r50k_base")
         self.vocab = torch.arange(-3, 50256) if vocab is None else vocab.cpu()
         self.id_of = {pair: i for i, pair in enumerate(self.vocab.tolist()) if pair >= 0}
+        self.alike = {self.bare(pair): i for pair, i in self.id_of.items()}
+
+    def bare(self, pair: int) -> bytes:
+        """A byte pair's text without capitals and spaces."""
+        return self.pairs.decode_single_token_bytes(pair).strip().lower()
 
     def encode(self, text: str) -> list[int]:
-        """Text is never mistaken for a special token: a typed <|im_end|> is seven ordinary ones."""
-        return [self.id_of.get(pair, UNK) for pair in self.pairs.encode_ordinary(text)]
+        """Text is never mistaken for a special token: a typed <|im_end|> is seven ordinary ones.
+        Where the vocabulary lacks `Tell`, it is read as `tell` or ` tell`."""
+        return [self.id_of.get(pair) or self.alike.get(self.bare(pair), UNK)
+                for pair in self.pairs.encode_ordinary(text)]
 
     def bytes_of(self, i: int) -> bytes:
         special = (b"<unk>", b"<|im_start|>", b"<|im_end|>")
@@ -558,8 +565,7 @@ class Phase:
                             "leave out --resume (a finished Phase 1 is kept)")
         for part in ("model", "optimizer", "schedule"):
             getattr(self, part).load_state_dict(old[part])
-        self.states = old["states"] if self.caches else {}
-        self.parts = old["parts"]  # on a GPU dropout depends on them
+        self.states, self.parts = old["states"] if self.caches else {}, old["parts"]
         print(f"  going on after pass {old['progress'][0]}, found in {last}")
         return old["progress"]
 
@@ -600,17 +606,20 @@ class Phase:
             self.parts = max(1, math.ceil(n * (peak - used) / (0.8 * free)))
             print(f"memory: {n * (peak - used) / 1e9:.2f} GB a step, {free / 1e9:.2f} free: "
                   f"{self.parts} part(s)")
-        sums = torch.zeros(len(self.names) + 1, device=self.device)
-        for part, new in found:
-            sums += part
+        for _, new in found:
             self.states |= new
-        if not global_sum(sums).isfinite().all():
+        sums = sum((part for part, _ in found), torch.zeros(len(self.names) + 1).to(self.device))
+        if WORLD > 1:
+            dist.all_reduce(sums)
+        if not sums.isfinite().all():
             raise UserError(f"the loss is {sums[1]}; train anew with a lower --learning-rate; the "
                             f"last good checkpoint is in {self.config.out}")
         if self.model.training:
             for p in self.learning:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                global_sum(p.grad).div_(sums[0].clamp(min=1))
+                if WORLD > 1:
+                    dist.all_reduce(p.grad)
+                p.grad /= sums[0].clamp(min=1)
             nn.utils.clip_grad_norm_(self.learning, 1.0)
             self.optimizer.step()
             self.schedule.step()
@@ -735,12 +744,6 @@ class Phase2(Phase):
 # --- 8. Helpers that a first reading may skip: processes, files, devices; and main() --------------
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
-def global_sum(x: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
-
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -804,7 +807,10 @@ def make_model(config: Config, vocab: Tensor) -> NewLLM:
             return make_model(replace(config, embeddings="learned"), vocab)
     torch.manual_seed(config.seed)
     if config.embeddings == "learned":
-        model = NewLLM(config, len(vocab))
+        model, tokenizer = NewLLM(config, len(vocab)), Tokenizer(vocab)
+        table = model.embed.weight.data  # `Tell` and ` tell` start with cosines of 0.6 to 0.8
+        alike = [tokenizer.alike[tokenizer.bare(pair)] for pair in vocab[3:].tolist()]
+        table.copy_(0.8 * table[[0, 1, 2, *alike]] + 0.6 * table)
     else:
         table = gpt2_table(config.embeddings, config.cache)
         model = NewLLM(replace(config, embed_dim=table.shape[1]), len(vocab))
@@ -838,9 +844,8 @@ def train_model(config: Config) -> NewLLM | None:
     train, val, vocab = load(config)
     if config.show_data:
         return show_data(train[:config.show_data], Tokenizer(vocab))
-    for folder in (config.out, config.cache):  # better to learn it now than after an hour
-        save(Path(folder, ".writable"), Path.touch)
-        Path(folder, ".writable").unlink(missing_ok=True)
+    save(trial := Path(config.out, ".writable"), Path.touch)  # better now than after an hour
+    trial.unlink(missing_ok=True)
     model = make_model(config, vocab).to(device)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     probe = model.states(train[0].ids[None].to(device)).mean().item()  # differs if the cell does
