@@ -6,14 +6,7 @@
 
 Each turn reads only the new words, never the history: the thousandth costs what the first one did.
 """
-import argparse
-import codecs
-import contextlib
-import os
-import re
-import signal
-import sys
-import time
+import argparse, codecs, contextlib, os, re, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -29,7 +22,8 @@ OPTIONS = {  # name: kind, default, help, and of a number the least and the grea
     "top_k": (int, 0, "sample from so many tokens; 0: from all", 0, 10 ** 6),
     "top_p": (float, 1.0, "sample from the likeliest adding up to p", 1e-6, 1),
     "repetition_penalty": (float, 1.0, "above 1 discourages words that were said", 0.1, 10),
-    "num_beams": (int, 1, "answers followed at a time, without sampling", 1, 1000),
+    "num_beams": (int, None, "answers followed at a time, to say the likeliest; 1: sampling "
+                  "(default: 5 after learning by heart, unless sampling is set)", 1, 1000),
     "max_new_tokens": (int, 200, "longest answer, tokens", 1, 10 ** 9),
     "seed": (int, None, "for the same answers again", 0, 2 ** 31 - 1),
     "device": (str, "auto", "cuda, mps, cpu or auto")}
@@ -39,6 +33,7 @@ class Chat:
 
     def __init__(self, model, options):
         self.model, self.options, self.tokenizer = model, options, Tokenizer(model.vocab)
+        self.beams = options.num_beams or (1 if model.config.patience else 5)
         self.tensor = model.vocab.new_tensor  # makes integers, on the model's device
         self.reset()
 
@@ -56,7 +51,7 @@ class Chat:
         self.all_unknown |= self.unknown
         self.unread += self.tokenizer.question(text)
         try:
-            for token in self.sampled() if self.options.num_beams == 1 else self.likeliest():
+            for token in self.sampled() if self.beams == 1 else self.likeliest():
                 if token == IM_END or self.stop:
                     break
                 self.unread, self.made = self.unread + [token], self.made + 1
@@ -83,7 +78,7 @@ class Chat:
 
     def likeliest(self) -> list[int]:
         """Beam search for the best mean log-probability per token. A beam is a row of the state."""
-        n, logits, state = self.options.num_beams, self.read(), self.state
+        n, logits, state = self.beams, self.read(), self.state
         totals, beams, done, V = [0.0], [[]], [], logits.shape[1]
         for length in range(1, self.options.max_new_tokens + 1):
             logits[:, [UNK, IM_START]] = -torch.inf  # nobody says these
@@ -117,8 +112,10 @@ def parse(argv):
         value = getattr(o, name)
         if limits and value is not None and not limits[0] <= value <= limits[1]:
             fail(f"{flag(name)} {value}: give {limits[0]:g} to {limits[1]:g}")
-    if o.num_beams > 1 and (o.temperature or o.top_k or o.top_p < 1 or o.repetition_penalty != 1):
+    sampling = o.temperature or o.top_k or o.top_p < 1 or o.repetition_penalty != 1
+    if sampling and (o.num_beams or 1) > 1:
         fail("--num-beams takes no --temperature, --top-k, --top-p or --repetition-penalty")
+    o.num_beams = o.num_beams or (1 if sampling or o.temperature == 0 else None)
     o.temperature = 0.8 if o.temperature is None else o.temperature
     return o
 

@@ -488,10 +488,9 @@ WARMUP, GAIN = 10, 1e-3  # steps in which the learning rate rises; what counts a
 PART = 8192  # tokens computed at a time on a CPU; on a GPU it is measured how many fit
 
 class Phase:
-    """What both phases share. loss() of a part of a batch returns what is to be minimised; sums:
-    how many words, and for each of the figures `names` its sum over them; and the states. What is
-    random in a step follows from its number, schedule.last_epoch: resumed runs give equal figures
-    (but for Phase 1 of several processes: a checkpoint has the states of the first)."""
+    """What both phases share. loss() of a part of a batch returns what is to be minimised; the sums
+    of words and of the figures `names`; the states. All chance in a step follows from its number,
+    schedule.last_epoch: resumed, a run gives the same (not Phase 1 of several processes)."""
     def __init__(self, model: NewLLM, train: list[Dialogue], val: list[Dialogue]):
         self.model, self.train, self.val, self.config = model, train, val, model.config
         self.device, self.states = model.vocab.device, {}  # (T, C) of each dialogue, if they fit
