@@ -18,7 +18,7 @@ WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+")  
 OPTIONS = {  # name: kind, default, help, and of a number the least and the greatest
     "checkpoint": (str, "checkpoints", "folder or .pt file"),
     "prompt": (str, None, "answer this once and exit"),
-    "temperature": (float, None, "0: always the likeliest token (default: 0.8)", 0, 1e6),
+    "temperature": (float, None, "0: always the likeliest token (where sampled: 0.8)", 0, 1e6),
     "top_k": (int, 0, "sample from so many tokens; 0: from all", 0, 10 ** 6),
     "top_p": (float, 1.0, "sample from the likeliest adding up to p", 1e-6, 1),
     "repetition_penalty": (float, 1.0, "above 1 discourages words that were said", 0.1, 10),
@@ -152,6 +152,7 @@ def main(argv=None):
         options = parse(sys.argv[1:] if argv is None else argv)
         torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
         torch.manual_seed(torch.seed() if options.seed is None else options.seed)
+        sys.stdin = sys.stdin or open(os.devnull)  # as a service has it
         for stream in (sys.stdin, sys.stdout):  # a StringIO of a test lacks it
             getattr(stream, "reconfigure", dict)(errors="replace")
         model, path = open_checkpoint(options.checkpoint)
