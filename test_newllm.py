@@ -881,15 +881,16 @@ def plot(o, rows):
     label, means = lambda row: f"{Path(row['data']).stem}\n{row['tokens']:,} tokens", {}
     texts, (figure, axes) = [*dict.fromkeys(map(label, runs))], plt.subplots()
     for k, model in enumerate(dict.fromkeys(row["model"] for row in runs)):
-        found = [[r["test"] for r in runs if (r["model"], label(r)) == (model, text)]
+        found = [[r["test"] for r in runs if (r["model"], label(r)) == (model, text)] or [math.nan]
                  for text in texts]
         at, means[model] = [i + 0.27 * k for i in range(len(texts))], [*map(statistics.mean, found)]
         bars = axes.bar(at, means[model], 0.25, color=f"C{k}", label=model)
         axes.vlines(at, [*map(min, found)], [*map(max, found)], color="black")
-        shown = [f"{m:.1f}" + "\n1 seed" * (len(f) == 1) for m, f in zip(means[model], found)]
+        shown = ["" if m != m else f"{m:.1f}" + "\n1 seed" * (len(f) == 1)
+                 for m, f in zip(means[model], found)]
         axes.bar_label(bars, shown, label_type="center", color="white")
     ours, *others = means.values()
-    gaps = [y / min(best, default=y) - 1 for y, *best in zip(ours, *others)]
+    gaps = [y / min((b for b in best if b == b), default=y) - 1 for y, *best in zip(ours, *others)]
     axes.set_xticks([i + 0.27 for i in range(len(texts))], texts)
     axes.set(ylabel="test perplexity (lower is better; black: range of seeds)",
              title=f"Unseen answers: New-LLM's perplexity is {min(gaps):+.1%} to {max(gaps):+.1%} "
