@@ -807,7 +807,7 @@ def make_model(config: Config, vocab: Tensor) -> NewLLM:
     torch.manual_seed(config.seed)
     if config.embeddings == "learned":
         model, tokenizer = NewLLM(config, len(vocab)), Tokenizer(vocab)
-        table = model.embed.weight.data  # `Tell` and ` tell` start with cosines of 0.6 to 0.8
+        table = model.embed.weight.data  # `Hello` and ` hello` start alike, cosines of 0.6 to 0.8
         alike = [tokenizer.alike[tokenizer.bare(pair)] for pair in vocab[3:].tolist()]
         table.copy_(0.8 * table[[0, 1, 2, *alike]] + 0.6 * table)
     else:
