@@ -843,8 +843,9 @@ def train_model(config: Config) -> NewLLM | None:
     train, val, vocab = load(config)
     if config.show_data:
         return show_data(train[:config.show_data], Tokenizer(vocab))
-    save(trial := Path(config.out, ".writable"), Path.touch)  # better now than after an hour
-    trial.unlink(missing_ok=True)
+    for folder in (config.out, config.cache):  # better to learn it now than after an hour
+        save(trial := Path(folder, ".writable"), Path.touch)
+        trial.unlink(missing_ok=True)
     model = make_model(config, vocab).to(device)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     probe = model.states(train[0].ids[None].to(device)).mean().item()  # differs if the cell does

@@ -436,7 +436,7 @@ BAD_OPTIONS = {
     "--small --medium": "not allowed with", "--huge": "unrecognized arguments: --huge",
     "--resume": "no checkpoint in checkpoints", "--solver newton": "invalid choice: 'newton'",
     "--device cpu:x": "--device cpu:x", "--embeddings none.safetensors": "none.safetensors",
-    "--data empty.txt": "0 dialogues to train",
+    "--data empty.txt": "0 dialogues to train", f"{TINY} --cache good.jsonl": "cannot write",
     f"{TINY} --iterations 0 --learning-rate 1e30": "checkpoint is in checkpoints"}
 
 @pytest.mark.parametrize("options, want, content", [
