@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import tiktoken, torch
+import huggingface_hub as hub
 import torch.nn.functional as F
-from huggingface_hub import HfApi, PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -36,13 +36,15 @@ SHIPPED = str(HERE / "data/chats.jsonl") if (HERE / "data/chats.jsonl").exists()
 class UserError(ValueError):
     """What the user can mend: printed as one line, without a traceback."""
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
 def option(default, help, least=None, most=2 ** 31, choices=""):
     limits = None if least is None else (least, most)
     return field(default=default, metadata=dict(help=help, limits=limits, choices=choices.split()))
 
 @dataclass
 class Config:
-    """All settings of a run. Presets change some defaults, the command line any."""
     data: str = option(SHIPPED, ".jsonl or .txt file, ultrachat, or a dataset on the hub")
     val_data: str = option("", "validate on this; the same kinds as --data")
     samples: int = option(0, "number of dialogues to read; 0 reads all", least=0)
@@ -72,14 +74,11 @@ class Config:
             if limits and not limits[0] <= value <= limits[1]:  # nan fails, too
                 raise UserError(f"{flag(f.name)} {value}: give {limits[0]} to {limits[1]}")
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
 PRESETS = {  # what a preset is for, and what it changes
     "small": ("ten dialogues by heart, in seconds (the default)", dict(samples=10)),
     "medium": ("100 dialogues of UltraChat by heart (the default for a file)", dict(
         data="ultrachat", samples=100, embeddings="auto", num_layers=2, context_dim=256,
-        hidden_dim=512, dropout=0.2, iterations=14, epochs=3, batch_tokens=1024)),
+        hidden_dim=512, iterations=11, epochs=4, learning_rate=2e-3, batch_tokens=1024)),
     "large": ("1,000 dialogues of UltraChat, to answer new questions", dict(
         data="ultrachat", samples=1000, max_len=1024, hold_out=True, embeddings="auto",
         num_layers=4, context_dim=512, hidden_dim=1024, dropout=0.5, iterations=24, epochs=12,
@@ -123,16 +122,14 @@ class Tokenizer:
             body = [*self.encode(normalised(text) if role == "user" else text), IM_END]
             ids += head + body + self.encode("\n")
             mask += [False] * len(head) + [role == "assistant"] * len(body) + [False]
-        return Dialogue(torch.tensor(ids), torch.tensor(mask))
+        return Dialogue(torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool))
     def question(self, text) -> list[int]:
-        """A user's message and the head of the answer, for the model to continue."""
         messages = [dict(role="user", content=text), dict(role="assistant", content="")]
         return self.dialogue(messages).ids.tolist()[:-2]
 
 def normalised(text):
     """A user's text as it is read. The space makes the first word the token it is elsewhere."""
     return " " + unicodedata.normalize("NFKC", text).replace("\u2019", "'").lower().strip()
-
 def is_text(name):
     return Path(name).suffix.lower() in (".txt", ".text", ".md")
 def is_file(name):
@@ -161,7 +158,7 @@ def download(name, split, samples, cache) -> Path:
     path = Path(cache, f"{name.replace('/', '--')}-{split}-{samples or 'all'}.jsonl")
     if not path.exists():
         with explained(f"cannot read dataset {name}", "offline, take --data data/chats.jsonl"):
-            HfApi().dataset_info(name)  # without a network, datasets alone tries for a minute
+            hub.HfApi().dataset_info(name)  # without a network, datasets alone tries for a minute
             from datasets import load_dataset
             records = load_dataset(name, split=split, streaming=True)
             lines = [json.dumps({"messages": record["messages"]}) + "\n"
@@ -199,8 +196,8 @@ class Cell(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, C, H = config.embed_dim, config.context_dim, config.hidden_dim
-        inputs = config.num_layers if config.token_input_all_layers else 1
-        self.token_in = nn.Linear(E, H * inputs)
+        readers = config.num_layers if config.token_input_all_layers else 1
+        self.token_in = nn.Linear(E, H * readers)
         self.state_in = nn.Linear(C, H, bias=False)
         self.hidden = nn.ModuleList(nn.Linear(H, H) for _ in range(config.num_layers - 1))
         self.gates = nn.Linear(H, 2 * C)
@@ -252,7 +249,7 @@ def scan(f, b):
 # walk(). (Parareal, Lions et al. 2001, with quasi-Newton's correction: DEER, Lim et al. 2024.)
 TOLERANCE = 5e-5  # starts have settled when a sweep changes them by less than this share
 MAX_SWEEPS = 30   # after so many, the tokens are walked
-RECORDED = 3      # last sweeps, for the gradient; each makes its error ten times smaller
+RECORDED = 3      # sweeps for the gradient, or more until all has settled
 
 def sweep(cell, chunks, s0, starts):
     """n chunks (B * n, L, ...), the state before the first (B, C), guesses of the states before the
@@ -266,8 +263,8 @@ def sweep(cell, chunks, s0, starts):
 
 def solve(cell, u, s0, guess=None):
     """u (B, T, ...), s0 (B, C), a guess of the states or None -> the states (B, T, C) that walk()
-    gives; number of sweeps, 0 if it walked. Autograd records the last sweeps: they shrink the
-    gradient's error as they do that of the states."""
+    gives; number of sweeps, 0 if it walked. Autograd records the last sweeps, from a hundredth on:
+    they shrink the gradient's error as they do that of the states."""
     (B, T, D), C = u.shape, s0.shape[1]
     L = 16 if u.is_cuda else max(16, math.isqrt(T))  # on a GPU each step is a kernel launch
     chunks = F.pad(u, (0, 0, 0, -T % L)).reshape(-1, L, D)  # (B * n, L, D)
@@ -279,7 +276,8 @@ def solve(cell, u, s0, guess=None):
         while n > 1 and sweeps < MAX_SWEEPS and change > (0.01 if learns else TOLERANCE):
             states, starts, change = sweep(cell, chunks, s0, starts)
             sweeps += 1
-    for _ in range(RECORDED if learns and sweeps else 0):
+    last = sweeps + RECORDED if learns else 0
+    while 0 < sweeps < MAX_SWEEPS and (sweeps < last or learns and change > TOLERANCE):
         states, starts, change = sweep(cell, chunks, s0, starts)
         sweeps += 1
     if change <= TOLERANCE:
@@ -290,8 +288,7 @@ def solve(cell, u, s0, guess=None):
 
 # --- 4. The model: context block, token block, output head; how it writes ---
 Output = namedtuple("Output", "loss logits state")  # a number or None, (B, T, V), (B, C)
-
-class NewLLM(nn.Module, PyTorchModelHubMixin):
+class NewLLM(nn.Module, hub.PyTorchModelHubMixin):
     """Embeddings and output head share a table (weight tying). Where Phase 2 freezes learned
     embeddings, because the contexts were made with them, the head goes on with a copy."""
     def __init__(self, config: Config, vocab_size: int = len(EVERY)):
@@ -313,17 +310,17 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
     def embedded(self, ids):
         """ids (...) -> x (..., E). An unknown word is all zeros: it says nothing."""
         return F.layer_norm(self.embed(ids), self.embed.weight.shape[1:]) * (ids != UNK)[..., None]
-    def states(self, ids, state=None, guess=None, solver=None):
+    def states(self, ids, state=None, solver=None):
         """Context block: ids (B, T), the state before them (B, C) or None -> states (B, T, C)."""
         u = self.cell.token_in(self.dropout(self.embedded(ids)))
         if state is None:
             state = u.new_zeros(len(u), self.config.context_dim)
         solver = solver or self.config.solver
-        if solver == "auto":  # on a CPU, more than four dialogues keep the cores busy anyway
-            solver = "parallel" if u.is_cuda or len(u) <= 4 else "sequential"
-        if solver == "sequential" or ids.shape[1] <= 32:
+        if solver == "auto":  # on a CPU, the loop is as fast unless dialogues are long and few
+            solver = "parallel" if u.is_cuda or u.shape[1] > 256 * len(u) else "sequential"
+        if solver == "sequential":
             return walk(self.cell, u, state)[0]
-        states, self.sweeps = solve(self.cell, u, state, guess)
+        states, self.sweeps = solve(self.cell, u, state)
         return states
     def logits(self, states, ids, table=None):
         """Token block and head: states (..., C), the tokens just read (...) -> (..., V). The score
@@ -361,8 +358,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin):
 def answer(model, text, max_new_tokens=200, **sampling) -> str:
     """The model's answer to one message. A model of a plain text continues it."""
     tokenizer = Tokenizer(model.vocab.tolist())
-    ids = tokenizer.encode(text) if is_text(model.config.data) else tokenizer.question(text)
-    ids = model.vocab.new_tensor([ids])
+    encode = tokenizer.encode if is_text(model.config.data) else tokenizer.question
+    ids = model.vocab.new_tensor([encode(text)])
     said = model.eval().generate(ids, max_new_tokens, **sampling)[0, ids.shape[1]:].tolist()
     return tokenizer.decode([i for i in said if i != IM_END]).strip()
 
@@ -384,7 +381,8 @@ class Phase:
         tables = (model.embed.weight, model.head)
         rates = [rate * TABLE_RATE if any(p is t for t in tables) else rate for p in self.learns]
         self.optimizer = torch.optim.AdamW([dict(params=[p]) for p in self.learns], fused=True)
-        steps = passes * len(batches_of(train, config.batch_tokens)) + 1
+        self.tokens = min(config.batch_tokens, max(128, sum(len(d.ids) for d in train) // 10))
+        steps = passes * len(batches_of(train, self.tokens)) + 1  # a small text gets ten a pass
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm up, then fall like a cosine
             self.optimizer, rates, steps, pct_start=min(0.3, 10 / steps), cycle_momentum=False)
         self.parts = (model, self.optimizer, self.schedule)
@@ -407,7 +405,8 @@ class Phase:
                 for name, figure in self.run(self.val, learn=False).items():
                     figures[f"held-out {name}"] = figure
             now["done"] += 1
-            now["over"] = not self.val and figures.get("converged", 0) >= ENOUGH
+            settled = now["steps"] > 20 and figures.get("converged", 0) >= ENOUGH  # not in warm-up
+            now["over"] = settled and not self.val
             self.save(key)
             shown = [f"{name} {value:.4g}" for name, value in figures.items()]
             print(f"{now['done']:5d} of {self.passes}", *shown, sep=" | ", flush=True)
@@ -423,7 +422,7 @@ class Phase:
         write(folder / "training.pt", lambda file: torch.save(training, file))
     def run(self, dialogues, learn) -> dict[str, float]:
         """One pass over dialogues, to learn or only to look. Returns means per word."""
-        batches = batches_of(dialogues, self.config.batch_tokens)
+        batches = batches_of(dialogues, self.tokens)
         random.Random(self.config.seed + self.progress["done"]).shuffle(batches)
         self.model.train(learn)
         with torch.set_grad_enabled(learn):
@@ -434,7 +433,7 @@ class Phase:
         """The sums of a batch, computed in parts that fit; when learning, an optimizer step."""
         mine, longest, sums = batch[RANK::WORLD], len(batch[-1].ids), None
         while sums is None:
-            size = max(1, self.fits // longest)
+            size = max(1, min(self.fits // longest, len(mine)))
             try:
                 self.optimizer.zero_grad()
                 parts = [self.compute(mine[k:k + size]) for k in range(0, len(mine), size)]
@@ -444,14 +443,21 @@ class Phase:
                     raise
                 if size == 1:
                     raise UserError(f"{longest} tokens do not fit into memory; lower --max-len")
-                self.fits = min(size, len(mine)) // 2 * longest
+                self.fits = size // 2 * longest
                 print(f"memory: too little, from now on {self.fits:,} tokens at a time")
         if WORLD > 1:
             distributed.all_reduce(sums)
         if not sums.isfinite().all():
             raise UserError(f"the loss is {sums[1].item()}; lower --learning-rate, train anew")
         if self.model.training:
-            self.learn(words=sums[0])
+            for p in self.learns:  # the mean gradient of all words
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / sums[0]
+                if WORLD > 1:
+                    distributed.all_reduce(p.grad)
+            nn.utils.clip_grad_norm_(self.learns, 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.progress["steps"] += 1
         return sums
     def compute(self, part):
         """The sums of some dialogues; when learning, their gradient is added."""
@@ -467,17 +473,6 @@ class Phase:
             for d, s in zip(part, states.detach().cpu()):
                 d.states = s[:len(d.ids)] if self.keeps else None
         return torch.stack(sums).detach()
-    def learn(self, words):
-        """A step of the optimizer along the mean gradient of so many words."""
-        for p in self.learns:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if WORLD > 1:
-                distributed.all_reduce(p.grad)
-            p.grad /= words
-        nn.utils.clip_grad_norm_(self.learns, 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.progress["steps"] += 1
 
 def batches_of(dialogues, tokens) -> list[list[Dialogue]]:
     """Dialogues of similar length together: as many as `tokens` allow, padding included."""
@@ -493,7 +488,8 @@ def tokens_that_fit(model) -> int:
     if model.vocab.device.type != "cuda":
         return 8192
     cell = model.config.num_layers * model.config.hidden_dim + 2 * model.config.context_dim
-    fits = torch.cuda.mem_get_info()[0] // (8 * (4 * RECORDED * cell + 3 * len(model.vocab)))
+    floats = 4 * RECORDED * cell + 3 * len(model.vocab)
+    fits = torch.cuda.mem_get_info(model.vocab.device)[0] // (2 * 4 * floats)
     print(f"memory: {fits:,} tokens at a time")
     return max(1, fits)
 
@@ -512,7 +508,7 @@ class Phase1(Phase):
     def loss(self, ids, mask, before):
         """ids, mask (B, T), the last pass's states or None -> what is to be minimised; number of
         words, sums over them of the figures `names`; states (B, T, C)."""
-        states = self.model.states(ids, guess=before)
+        states = self.model.states(ids)
         at = ids[:, 1:] != UNK  # from each context but the last, the next token is predicted
         weight = torch.where(mask[:, 1:][at], 1.0, 1.0 if self.config.hold_out else USER)
         table = self.model.embed.weight  # weight tying, whatever Phase 2 does
@@ -522,7 +518,7 @@ class Phase1(Phase):
         cvfp = weight @ (context(states) - old)[:, 1:][at].pow(2).mean(-1)
         return (1 - DIVERSITY) * cvfp + DIVERSITY * diversity, [weight.sum(), diversity], states
     def run(self, dialogues, learn):
-        before = self.contexts(self.train, "parallel")
+        before = self.contexts(self.train, "parallel") if learn else None
         figures = super().run(dialogues, learn)
         if learn:
             change = (self.contexts(self.train, "parallel") - before).pow(2).mean(-1)
@@ -535,7 +531,6 @@ class Phase1(Phase):
         ids = torch.cat([d.ids for d in dialogues])[None, :4096].to(self.model.vocab.device)
         return context(self.model.eval().states(ids, solver=solver)[0]).cpu()
     def report(self):
-        """Say whether the contexts are those of a chat, and warn where they are not useful."""
         for dialogues in filter(None, (self.val, self.train)):
             c = self.contexts(dialogues, "parallel")
             far = (c - self.contexts(dialogues, "sequential")).abs().max()
@@ -551,8 +546,7 @@ class Phase1(Phase):
             print("warning: global attractor, all contexts are alike; raise --context-dim")
 
 # --- 7. Phase 2: learn what the assistant says ---
-HOLES = 0.1    # to understand new text: the share of words that training does not show
-GENTLE = 0.15  # to understand new text: Phase 2's share of the learning rate
+HOLES = 0.1  # to understand new text: the share of words that training does not show
 
 class Phase2(Phase):
     """Cross entropy of the assistant's words. The frozen context block's contexts can be kept. But
@@ -561,7 +555,6 @@ class Phase2(Phase):
     name, names = "Phase 2", ("loss", "right")
     about = "loss per word of the assistant, share of these words that are right"
     def loss(self, ids, mask, before):
-        """As Phase 1's."""
         share = HOLES if self.model.training and self.config.hold_out else 0
         shown = ids.masked_fill((torch.rand(ids.shape) < share).to(ids.device), UNK)
         states = self.model.states(shown) if before is None else before
@@ -595,10 +588,11 @@ def write(path, content_to):
 def read_checkpoint(path) -> dict:
     """What Phase.save() wrote. No code in it is run."""
     with explained(f"cannot read {path}", "train first, as with python newllm.py --small"):
-        return torch.load(path, "cpu", weights_only=True)
+        saved = torch.load(path, "cpu", weights_only=True)
+        Config(**saved["config"])  # raises for what another program or version wrote
+        return saved
 
 def pick_device(name) -> torch.device:
-    """cuda, mps, cpu: what the user says, or the first that is there."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with explained(f"--device {name} is not there", f"this machine has {best.type}"):
         device = best if name == "auto" else torch.device(name)
@@ -612,7 +606,11 @@ def make_model(config, vocab) -> NewLLM:
         try:
             with explained("cannot get GPT-2's embeddings", "go online, or --embeddings learned"):
                 from safetensors import safe_open
-                path = hf_hub_download("openai-community/gpt2", "model.safetensors")
+                gpt2 = ("openai-community/gpt2", "model.safetensors")
+                path = hub.try_to_load_from_cache(*gpt2)
+                if not path:
+                    hub.HfApi().model_info(gpt2[0])  # without a network it fails at once
+                    path = hub.hf_hub_download(*gpt2)
                 with safe_open(path, "pt") as file:
                     table = file.get_tensor("wte.weight").float()  # (50257, 768)
             config.embeddings, config.embed_dim = "gpt2", table.shape[1]
@@ -643,7 +641,7 @@ def parse(argv) -> Config:
         kind = dict(type=f.type, choices=f.metadata["choices"] or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        help = f"{f.metadata['help']} (default: {f.default})"
+        help = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
     typed = vars(parser.parse_args(argv))  # SUPPRESS: only what was typed
     preset = typed.pop("preset")
@@ -670,34 +668,35 @@ def train_model(config) -> NewLLM:
     key = zlib.crc32(torch.cat([torch.tensor(vocab), *(d.ids for d in train + val)]).numpy())
     if saved and saved["key"] != key:
         raise UserError(f"--resume: {config.data} has changed since the run began; train anew")
-    rate = config.learning_rate
     if config.iterations and not (saved and saved["phase"] == Phase2.name):
-        phase1 = Phase1(model, train, val, config.iterations, rate)
+        phase1 = Phase1(model, train, val, config.iterations, config.learning_rate)
         phase1.fit(key, saved)
         phase1.report()
         saved = None
         if model.head is not None:
             model.head.data.copy_(model.embed.weight)
-    if config.hold_out and config.iterations and not config.joint:
-        rate *= GENTLE
     model.cell.requires_grad_(config.joint)
     model.embed.requires_grad_(config.joint and config.embeddings == "learned")
-    Phase2(model, train, val, config.epochs, rate).fit(key, saved)
+    Phase2(model, train, val, config.epochs, config.learning_rate).fit(key, saved)
     return model.eval()
 
 @contextlib.contextmanager
 def as_program(name, interrupted):
     """For newllm.py and chat.py: print any character anywhere, and end without a traceback."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+    for stream in filter(lambda stream: hasattr(stream, "reconfigure"), (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors="replace")
+    notebook = "ipykernel" in sys.modules  # it shows errors in its own way
     try:
         yield
+        print(end="", flush=True)
     except KeyboardInterrupt:
         print(f"\n{interrupted}")
+        if not notebook:
+            sys.exit(130)
     except BrokenPipeError:  # as with | head -1: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as e:
-        if "ipykernel" in sys.modules:  # a notebook shows it in its own way
+        if notebook:
             raise
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(2)
@@ -713,8 +712,8 @@ def main(argv=None) -> NewLLM | None:
     with as_program("newllm.py", "interrupted; once Phase 1 has begun, --resume goes on"):
         config = parse(argv)
         model = train_model(config)
-        print(f"\ndone in {time.perf_counter() - start:.0f} s\n\nYou: hello\nNew-LLM: "
-              f"{answer(model, 'hello')}\n\npython chat.py --checkpoint {config.out}")
+        print(f"\ndone in {time.perf_counter() - start:.0f} s; now python chat.py --checkpoint "
+              f"{config.out}\n\nYou: hello\nNew-LLM: {answer(model, 'hello')}")
         return model
 
 if __name__ == "__main__":
