@@ -60,7 +60,7 @@ class Config:
     solver: str = option("auto", "auto: the faster one", choices="auto parallel sequential")
     iterations: int = option(40, "most passes of Phase 1 over the data; 0 skips it", least=0)
     epochs: int = option(10, "passes of Phase 2 over the data", least=1)
-    learning_rate: float = option(4e-3, "highest learning rate", least=1e-9)
+    learning_rate: float = option(3e-3, "highest learning rate", least=1e-9)
     batch_tokens: int = option(64, "tokens per optimizer step", least=1)
     joint: bool = option(False, "let Phase 2 train the context block too")
     seed: int = option(42, "seed of all random numbers", least=0)
@@ -589,7 +589,7 @@ def read_checkpoint(path) -> dict:
     """What Phase.save() wrote. No code in it is run."""
     with explained(f"cannot read {path}", "train first, as with python newllm.py --small"):
         saved = torch.load(path, "cpu", weights_only=True)
-        Config(**saved["config"])  # raises for what another program or version wrote
+        Config(**dict(saved)["config"])  # raises for what another program or version wrote
         return saved
 
 def pick_device(name) -> torch.device:
