@@ -215,7 +215,7 @@ def test_by_heart_phase_1_ends_when_95_percent_of_the_contexts_have_converged():
     chats(shipped(10))
     said = run(f"{TINY} --data chats.jsonl --iterations 100 --epochs 1 --batch-tokens 64")
     converged = figures(said, 1, "converged")
-    assert len(converged) < 100 and converged[-1] >= 0.95 > max(converged[:-1])
+    assert len(converged) < 100 and converged[-1] >= 0.95 > max(converged[3:-1])  # after warm-up
     assert "advice" not in said
 
 def test_phase_1_does_not_end_while_its_learning_rate_still_warms_up():
