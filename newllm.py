@@ -35,7 +35,6 @@ SHIPPED = str(HERE / "data/chats.jsonl") if (HERE / "data/chats.jsonl").exists()
 
 class UserError(ValueError):
     """What the user can mend: printed as one line, without a traceback."""
-
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -141,9 +140,10 @@ def read(name, split, samples, config) -> list[Dialogue]:
     with explained(f"cannot read {path}", "give a .jsonl or .txt file in UTF-8"):
         text = path.read_text("utf-8-sig")
     tokenizer, dialogues = Tokenizer(), []
-    if is_text(name):  # it becomes pieces, ten or more, of which all tokens are to be learned
+    if is_text(name):  # pieces of which all tokens are to be learned; ten, if one is held out
         ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
-        pieces = ids.split(max(2, min(config.max_len, math.ceil(len(ids) / 10))))
+        tenth = math.ceil(len(ids) / 10) if config.hold_out else config.max_len
+        pieces = ids.split(max(2, min(config.max_len, tenth)))
         return [Dialogue(piece, torch.ones_like(piece).bool()) for piece in pieces]
     for k, line in enumerate(text.split("\n"), 1):
         if line.strip() and not 0 < samples <= len(dialogues):
@@ -713,7 +713,7 @@ def main(argv=None) -> NewLLM | None:
         config = parse(argv)
         model = train_model(config)
         print(f"\ndone in {time.perf_counter() - start:.0f} s; now python chat.py --checkpoint "
-              f"{config.out}\n\nYou: hello\nNew-LLM: {answer(model, 'hello')}")
+              f"{config.out}\n\nYou: hello\nNew-LLM: {answer(model, 'hello', 20)}")
         return model
 
 if __name__ == "__main__":
