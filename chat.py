@@ -7,7 +7,6 @@
 Each turn reads only the new words, never the history: the thousandth costs what the first one did.
 """
 import argparse, codecs, contextlib, os, re, signal, sys, time
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -157,8 +156,7 @@ def open_model(name: str):
         raise UserError(f"no model in {name}; train one first: python newllm.py --small")
     content = read_checkpoint(path)
     with explained(f"cannot use {path}", "it is damaged or of another version; train anew"):
-        names = {f.name for f in fields(Config)}
-        config = Config(**{k: v for k, v in content["config"].items() if k in names})
+        config = Config(**content["config"])
         model = NewLLM(config, len(content["model"]["vocab"]))
         model.load_state_dict(content["model"])
         *_, done, _, total, _ = content["status"].split()  # as "Phase 2, 10 of 10 passes"

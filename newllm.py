@@ -37,7 +37,6 @@ class UserError(ValueError):
     """What the user can mend: printed as one line, without a traceback."""
 def flag(name):
     return "--" + name.replace("_", "-")
-
 def option(default, help, least=None, most=2 ** 31, choices=""):
     limits = None if least is None else (least, most)
     return field(default=default, metadata=dict(help=help, limits=limits, choices=choices.split()))
@@ -503,7 +502,7 @@ class Phase1(Phase):
     """loss = (1 - w) CVFP + w diversity. CVFP (context vector fixed point) is the mean squared
     change of a context by the pass: contexts settle. Diversity asks each to tell the next word from
     all others: contexts spread out (Wang & Isola 2020). That is next-word training already."""
-    name, names = "Phase 1", ("loss",)
+    name, names, last = "Phase 1", ("loss",), None  # last: the contexts after the last pass
     about = f"loss per word; change of contexts by a pass, share converged to below {CONVERGED}"
     def loss(self, ids, mask, before):
         """ids, mask (B, T), the last pass's states or None -> what is to be minimised; number of
@@ -518,10 +517,11 @@ class Phase1(Phase):
         cvfp = weight @ (context(states) - old)[:, 1:][at].pow(2).mean(-1)
         return (1 - DIVERSITY) * cvfp + DIVERSITY * diversity, [weight.sum(), diversity], states
     def run(self, dialogues, learn):
-        before = self.contexts(self.train, "parallel") if learn else None
+        before = self.contexts(self.train, "parallel") if learn and self.last is None else self.last
         figures = super().run(dialogues, learn)
         if learn:
-            change = (self.contexts(self.train, "parallel") - before).pow(2).mean(-1)
+            self.last = self.contexts(self.train, "parallel")
+            change = (self.last - before).pow(2).mean(-1)
             converged = (change < CONVERGED).float().mean()
             figures |= dict(change=change.mean().item(), converged=converged.item())
         return figures
