@@ -1,21 +1,21 @@
 """New-LLM: a language model without attention, in one file that reads from top to bottom.
 
 The model reads token by token. All it remembers is one vector of fixed size, the state: each token
-updates it, and the next word is predicted from both. So every token costs the same. Phase 1 of the
-training learns to update the state (the context block), Phase 2 to speak (the token block).
+updates it, and the next word is predicted from both. Training has two phases: Phase 1 learns to
+update the state (context block), Phase 2 to speak (token block).
 
-    python newllm.py --small              learn ten dialogues by heart, in seconds
-    python newllm.py --data mine.jsonl    learn your own dialogues by heart
-    python newllm.py --large              learn from UltraChat to answer new questions
-    python chat.py                        chat with the trained model
+    python newllm.py --small            learn ten dialogues by heart, in seconds
+    python newllm.py --data mine.jsonl  learn your own dialogues by heart
+    python newllm.py --large            learn from UltraChat to answer new questions
+    python chat.py                      chat with the trained model
 
 Letters used throughout:
-    B, T, V   dialogues in a batch, tokens in a dialogue, tokens in the vocabulary
-    E, C, H   embed_dim, context_dim, hidden_dim
-    x         the embedded tokens, normalised          (B, T, E)
-    u         what x adds to the cell's hidden layers  (B, T, H) or (B, T, H * num_layers)
-    s         the state after a token                  (B, C), all of them: (B, T, C)
-    c         the context, LayerNorm(s)                same shape as s
+    B, T, V  dialogues in a batch, tokens in a dialogue, tokens in the vocabulary
+    E, C, H  embed_dim, context_dim, hidden_dim
+    x        embedded tokens (B, T, E)
+    u        what they add to hidden layers (B, T, H) or (B, T, H * num_layers)
+    s        the state after a token (B, C), after each (B, T, C)
+    c        the context, LayerNorm(s)
 """
 import argparse, contextlib, itertools, json, math, os, random, sys, time, unicodedata, zlib
 from collections import namedtuple
@@ -25,16 +25,16 @@ from pathlib import Path
 import tiktoken, torch
 import huggingface_hub as hub
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed as dist, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# --- 1. Configuration: every field is also an option of the command line ---
+# --- 1. Configuration: each field is also an option ---
 HERE = Path(__file__).parent if "__file__" in globals() else Path()  # a notebook has no file
 SHIPPED = str(HERE / "data/chats.jsonl") if (HERE / "data/chats.jsonl").exists() else "ultrachat"
 
 class UserError(ValueError):
-    """What the user can mend: printed as one line, without a traceback."""
+    """What the user can fix: printed as one line, without a traceback."""
 def flag(name):
     return "--" + name.replace("_", "-")
 def option(default, help, least=None, most=2 ** 31, choices=""):
@@ -44,10 +44,10 @@ def option(default, help, least=None, most=2 ** 31, choices=""):
 @dataclass
 class Config:
     data: str = option(SHIPPED, ".jsonl or .txt file, ultrachat, or a dataset on the hub")
-    val_data: str = option("", "validate on this; the same kinds as --data")
-    samples: int = option(0, "number of dialogues to read; 0 reads all", least=0)
+    val_data: str = option("", "validate on this; as --data")
+    samples: int = option(0, "dialogues to read; 0 for all", least=0)
     max_len: int = option(512, "cut dialogues after this many tokens", least=2)
-    hold_out: bool = option(False, "validate on every tenth dialogue, do not learn it")
+    hold_out: bool = option(False, "learn for new text, validate on every tenth dialogue")
     embeddings: str = option("learned", "auto: gpt2's, if online", choices="learned gpt2 auto")
     embed_dim: int = option(256, "E, size of learned embeddings", least=2)
     num_layers: int = option(1, "hidden layers of the context block", least=1)
@@ -56,45 +56,45 @@ class Config:
     token_input_all_layers: bool = option(False, "feed the token to every hidden layer")
     dropout: float = option(0.0, "share of both blocks' inputs to drop", least=0, most=0.95)
     solver: str = option("auto", "auto: the faster one", choices="auto parallel sequential")
-    iterations: int = option(40, "most passes of Phase 1 over the data; 0 skips it", least=0)
-    epochs: int = option(10, "passes of Phase 2 over the data", least=1)
+    iterations: int = option(40, "most passes of Phase 1; 0 skips it", least=0)
+    epochs: int = option(10, "passes of Phase 2", least=1)
     learning_rate: float = option(3e-3, "highest learning rate", least=1e-9)
     batch_tokens: int = option(64, "tokens per optimizer step", least=1)
     joint: bool = option(False, "let Phase 2 train the context block too")
     seed: int = option(42, "seed of all random numbers", least=0)
-    device: str = option("auto", "cuda, mps, cpu; auto takes the first that is there")
+    device: str = option("auto", "cuda, mps, cpu; auto takes the fastest")
     out: str = option("checkpoints", "folder for checkpoints")
     cache: str = option("cache", "folder for downloaded dialogues")
-    resume: bool = option(False, "continue the run in --out, with its settings")
+    resume: bool = option(False, "go on with the run in --out")
     def __post_init__(self):
         for f in fields(self):
             value, limits = getattr(self, f.name), f.metadata.get("limits")
             if limits and not limits[0] <= value <= limits[1]:  # nan fails, too
                 raise UserError(f"{flag(f.name)} {value}: give {limits[0]} to {limits[1]}")
 
-PRESETS = {  # what a preset is for, and what it changes
+PRESETS = {  # what it is for, what it changes
     "small": ("ten dialogues by heart, in seconds (the default)", dict(samples=10)),
     "medium": ("100 dialogues of UltraChat by heart (the default for a file)", dict(
         data="ultrachat", samples=100, embeddings="auto", num_layers=2, context_dim=256,
         hidden_dim=512, iterations=11, epochs=4, learning_rate=2e-3, batch_tokens=1024)),
     "large": ("1,000 dialogues of UltraChat, to answer new questions", dict(
         data="ultrachat", samples=1000, max_len=1024, hold_out=True, embeddings="auto",
-        num_layers=4, context_dim=512, hidden_dim=1024, dropout=0.5, iterations=24, epochs=12,
+        num_layers=4, context_dim=512, hidden_dim=1024, dropout=0.5, iterations=24, epochs=6,
         learning_rate=2e-3, batch_tokens=2048))}
 
-# --- 2. Data: from dialogues to token ids, and a mask of what the assistant says ---
-UNK, IM_START, IM_END = 0, 1, 2  # ids of the special tokens, and their numbers after GPT-2's:
+# --- 2. Data: dialogues become token ids, and a mask of what to learn ---
+UNK, IM_START, IM_END = 0, 1, 2  # special tokens; tiktoken's numbers for them:
 SPECIAL = {"<unk>": 50256, "<|im_start|>": 50257, "<|im_end|>": 50258}
-EVERY = [*SPECIAL.values(), *range(50256)]  # the vocabulary before it is known what is used
+EVERY = [*SPECIAL.values(), *range(50256)]  # of each id; load() drops many
 
 @dataclass
 class Dialogue:
     ids: Tensor   # (T,) int64
-    mask: Tensor  # (T,) bool, True on the words to learn: the assistant's, and their <|im_end|>
-    states: Tensor | None = None  # (T, C), what the context block made of it in the last pass
+    mask: Tensor  # (T,) bool, True on words to learn: the assistant's, and their <|im_end|>
+    states: Tensor | None = None  # (T, C), as the last pass made them
 
 class Tokenizer:
-    """Text to GPT-2's tokens and back. What is not in the list vocab becomes <unk>."""
+    """Text to GPT-2's tokens and back. What is not in vocab becomes <unk>."""
     def __init__(self, vocab=EVERY):
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / "data"))
         with explained("no tokenizer", "go online once, or start where data/ is"):
@@ -103,7 +103,7 @@ class Tokenizer:
                                       mergeable_ranks=gpt2._mergeable_ranks)
         self.vocab = vocab
         self.id_of = {number: i for i, number in enumerate(vocab)}
-    def encode(self, text):  # a typed <|im_end|> becomes ordinary tokens: nobody fakes a role
+    def encode(self, text):  # a typed <|im_end|> becomes ordinary tokens
         return [self.id_of.get(number, UNK) for number in self.gpt2.encode_ordinary(text)]
     def decode(self, ids) -> str:
         return self.gpt2.decode([self.vocab[i] for i in ids])
@@ -120,13 +120,13 @@ class Tokenizer:
             body = [*self.encode(normalised(text) if role == "user" else text), IM_END]
             ids += head + body + self.encode("\n")
             mask += [False] * len(head) + [role == "assistant"] * len(body) + [False]
-        return Dialogue(torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool))
+        return Dialogue(torch.LongTensor(ids), torch.BoolTensor(mask))
     def question(self, text) -> list[int]:
         messages = [dict(role="user", content=text), dict(role="assistant", content="")]
         return self.dialogue(messages).ids.tolist()[:-2]
 
 def normalised(text):
-    """A user's text as it is read. The space makes the first word the token it is elsewhere."""
+    """A user's text as it is read. The space makes the first word like others."""
     return " " + unicodedata.normalize("NFKC", text).replace("\u2019", "'").lower().strip()
 def is_text(name):
     return Path(name).suffix.lower() in (".txt", ".text", ".md")
@@ -139,34 +139,34 @@ def read(name, split, samples, config) -> list[Dialogue]:
     with explained(f"cannot read {path}", "give a .jsonl or .txt file in UTF-8"):
         text = path.read_text("utf-8-sig")
     tokenizer, dialogues = Tokenizer(), []
-    if is_text(name):  # pieces of which all tokens are to be learned; ten, if one is held out
-        ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
+    if is_text(name):  # all of it is to be learned; ten pieces, if one is held out
+        ids = torch.LongTensor(tokenizer.encode(text))
         tenth = math.ceil(len(ids) / 10) if config.hold_out else config.max_len
         pieces = ids.split(max(2, min(config.max_len, tenth)))
         return [Dialogue(piece, torch.ones_like(piece).bool()) for piece in pieces]
     for k, line in enumerate(text.split("\n"), 1):
-        if line.strip() and not 0 < samples <= len(dialogues):
-            with explained(f"{path} line {k} is no dialogue", "README.md shows the form of one"):
+        if line.strip() and (not samples or len(dialogues) < samples):
+            with explained(f"{path} line {k} is no dialogue", "see README.md"):
                 dialogues.append(tokenizer.dialogue(json.loads(line)["messages"]))
     return dialogues
 
 def download(name, split, samples, cache) -> Path:
-    """Stream the first dialogues of a dataset on the hub into a file in the cache."""
+    """The first dialogues of a dataset on the hub, as a file in the cache."""
     if name == "ultrachat":
         name, split = "HuggingFaceH4/ultrachat_200k", f"{split}_sft"
     path = Path(cache, f"{name.replace('/', '--')}-{split}-{samples or 'all'}.jsonl")
     if not path.exists():
         with explained(f"cannot read dataset {name}", "offline, take --data data/chats.jsonl"):
-            hub.HfApi().dataset_info(name)  # without a network, datasets alone tries for a minute
+            hub.HfApi().dataset_info(name)  # offline it fails at once
             from datasets import load_dataset
-            records = load_dataset(name, split=split, streaming=True)
-            lines = [json.dumps({"messages": record["messages"]}) + "\n"
-                     for record in tqdm(itertools.islice(records, samples or None), name)]
+            stream = load_dataset(name, split=split, streaming=True)
+            lines = [json.dumps(dict(messages=record["messages"])) + "\n"
+                     for record in tqdm(itertools.islice(stream, samples or None))]
         write(path, lambda file: file.write_text("".join(lines), "utf-8"))
     return path
 
 def load(config) -> tuple[list[Dialogue], list[Dialogue], list[int]]:
-    """Dialogues to train on and to validate on, and the vocabulary of the former."""
+    """Dialogues to train on, dialogues to validate on, vocabulary."""
     train, val, size = read(config.data, "train", config.samples, config), [], config.max_len
     if config.val_data:
         val = read(config.val_data, "test", math.ceil(config.samples / 10), config)
@@ -175,11 +175,11 @@ def load(config) -> tuple[list[Dialogue], list[Dialogue], list[int]]:
     held_out = {tuple(d.ids.tolist()) for d in val}
     train = [d for d in train if tuple(d.ids.tolist()) not in held_out]
     used = sorted({UNK, IM_START, IM_END}.union(*(d.ids[:size].tolist() for d in train)))
-    id_of = torch.zeros(len(EVERY), dtype=torch.long)  # UNK for all that is not used
-    id_of[used] = torch.arange(len(used))
+    new_id = torch.zeros(len(EVERY)).long()  # UNK for all that is not used
+    new_id[used] = torch.arange(len(used))
     total, cut = len(train + val), sum(len(d.ids) > size for d in train + val)
     for d in train + val:
-        d.ids = id_of[d.ids[:size]]
+        d.ids = new_id[d.ids[:size]]
         d.mask = d.mask[:size] & (d.ids != UNK)
     train, val = ([d for d in part if d.mask[1:].any()] for part in (train, val))
     tokens = sum(len(d.ids) for d in train)
@@ -189,7 +189,7 @@ def load(config) -> tuple[list[Dialogue], list[Dialogue], list[int]]:
         raise UserError(f"{config.data}: too few answers; see --samples, --max-len, --val-data")
     return train, val, [EVERY[i] for i in used]
 
-# --- 3. Contexts: one cell, walked token by token, or solved for all tokens at once ---
+# --- 3. Contexts: token by token, or all at once ---
 class Cell(nn.Module):
     """The context block. One step of the recurrence: (u_t, s_{t-1}) -> s_t."""
     def __init__(self, config):
@@ -202,20 +202,18 @@ class Cell(nn.Module):
         self.gates = nn.Linear(H, 2 * C)
         nn.init.orthogonal_(self.state_in.weight, gain=0.5)
         nn.init.orthogonal_(self.gates.weight, gain=0.7)
-        # The forget gate starts between 0.27 and 0.98, or 0.9997: by heart, some numbers of the
-        # state are kept for a conversation, or names would be forgotten. New text gains nothing.
+        # f, the share to keep, starts at 0.27 to 0.98; by heart up to 0.9997, to remember names.
         longest = 4 if config.hold_out else 8
         self.gates.bias.data = torch.cat((torch.linspace(-1, longest, C), torch.zeros(C)))
     def forward(self, u, s):
         """u (B, H or H * num_layers), s (B, C) -> the next state (B, C), the forget gate (B, C)."""
         first, *others = u.split(self.state_in.out_features, dim=-1)
-        a = F.silu(torch.addmm(first, s, self.state_in.weight.t()))  # what token and state say
+        a = F.silu(torch.addmm(first, s, self.state_in.weight.t()))
         for k, layer in enumerate(self.hidden):  # residual, or depth would not learn
             a = a + F.silu(layer(a) + others[k] if others else layer(a))
         f, d = torch.sigmoid(self.gates(a)).chunk(2, dim=-1)
-        d = 2 * d - 1  # this is tanh(z / 2), several times faster than torch.tanh on a CPU
-        # f is the forget gate, 1 - f the input gate, d the candidate, as in a GRU.
-        return torch.lerp(d, s, f), f  # f * s + (1 - f) * d, a weighted mean: |s| stays below 1
+        d = 2 * d - 1  # tanh(z / 2), but faster than torch.tanh on a CPU
+        return torch.lerp(d, s, f), f  # f * s + (1 - f) * d, as in a GRU: |s| stays below 1
 
 def walk(cell, u, s):
     """Token by token: u (B, T, ...), s (B, C) -> states (B, T, C), product of all f (B, C)."""
@@ -233,8 +231,7 @@ def context(s):
 def scan(f, b):
     """y_t = f_t * y_{t-1} + b_t, y_0 = 0, of (B, T, C) in log2(T) steps (Hillis & Steele 1986)."""
     k = 1
-    while k < f.shape[1]:
-        # b_t sums up the last k tokens, f_t is their product. Shift both by k, and it is 2k.
+    while k < f.shape[1]:  # b_t: what the last k steps make of 0
         b = torch.addcmul(b, f, F.pad(b, (0, 0, k, -k)))
         f = f * F.pad(f, (0, 0, k, -k), value=1)
         k *= 2
@@ -242,58 +239,63 @@ def scan(f, b):
 
 # The solver. 4,096 tokens are 64 chunks of 64. If the state before each were known, all could be
 # walked side by side, in 64 steps. So guess these starts, walk, and compare: chunk j ends in one
-# state, chunk j + 1 was guessed to start from another. Moving a start by a little moves the end of
-# its chunk by about `kept` times as much, and so on: a linear recurrence, so scan() corrects all
-# starts at once. After some such sweeps each chunk starts where the one before it ends, as in
-# walk(). (Parareal, Lions et al. 2001, with quasi-Newton's correction: DEER, Lim et al. 2024.)
-TOLERANCE = 5e-5  # starts have settled when a sweep changes them by less than this share
+# state, chunk j + 1 was guessed to start from another. As s_t = f * s_{t-1} + ..., moving a start
+# moves the end of its chunk by about `kept`, the product of f, times as much, and so on: a linear
+# recurrence, which scan() adds up for all starts. After some sweeps each chunk starts where the one
+# before it ends. (Parareal, Lions et al. 2001; quasi-Newton's correction: DEER, Lim et al. 2024.)
+TOLERANCE = 5e-5  # starts have settled when a sweep moves them by less, relative to their spread
+RECORDED = 3      # sweeps that autograd records, or more: from an error of 0.05 until settled
 MAX_SWEEPS = 30   # after so many, the tokens are walked
-RECORDED = 3      # sweeps for the gradient, or more until all has settled
 
 def sweep(cell, chunks, s0, starts):
-    """n chunks (B * n, L, ...), the state before the first (B, C), guesses of the states before the
-    others (B, n - 1, C) -> states (B * n, L, C), better guesses, their largest relative change."""
+    """n chunks (B * n, L, ...), the state before the first (B, C), guesses of those before others
+    (B, n - 1, C) -> states (B * n, L, C), by how much to change the guesses (B, n - 1, C)."""
     before = torch.cat((s0[:, None], starts), 1)  # (B, n, C)
     states, kept = walk(cell, chunks, before.flatten(0, 1))  # (B * n, L, C), (B * n, C)
     ends = states[:, -1].view_as(before)[:, :-1]  # (B, n - 1, C)
-    change = scan(kept.view_as(before)[:, :-1], ends - starts)  # (B, n - 1, C)
-    size = starts.detach().std(-1, keepdim=True).clamp(min=1e-3)
-    return states, starts + change, (change.detach() / size).abs().max()
+    return states, scan(kept.view_as(before)[:, :-1], ends - starts)
 
-def solve(cell, u, s0, guess=None):
-    """u (B, T, ...), s0 (B, C), a guess of the states or None -> the states (B, T, C) that walk()
-    gives; number of sweeps, 0 if it walked. Autograd records the last sweeps, from a hundredth on:
-    they shrink the gradient's error as they do that of the states."""
+def extrapolate(old, new):
+    """Pairs of (guesses, the change that led there), each (B, n - 1, C). If a sweep leaves a share
+    r of an error, r / (1 - r) of the last move is yet to come, here -gamma (Anderson 1965)."""
+    diff = new[1] - old[1]
+    gamma = (diff * new[1]).sum((1, 2), True) / diff.square().sum((1, 2), True).clamp(1e-30)
+    return new[0] - gamma.detach() * (new[0] - old[0])
+
+def solve(cell, u, s0):
+    """u (B, T, ...), s0 (B, C) -> walk()'s states (B, T, C); number of sweeps, 0 if it walked.
+    Autograd records the last sweeps: they shrink the gradient's error as they do the states'."""
     (B, T, D), C = u.shape, s0.shape[1]
-    L = 16 if u.is_cuda else max(16, math.isqrt(T))  # on a GPU each step is a kernel launch
+    L = 16 if u.is_cuda else max(16, math.isqrt(T))  # on a GPU each step costs
     chunks = F.pad(u, (0, 0, 0, -T % L)).reshape(-1, L, D)  # (B * n, L, D)
     n = len(chunks) // B
-    starts = s0.new_zeros(B, n - 1, C) if guess is None else guess[:, L - 1:(n - 1) * L:L]
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in (u, s0, *cell.parameters()))
-    sweeps, change = 0, math.inf
-    with torch.no_grad():
-        while n > 1 and sweeps < MAX_SWEEPS and change > (0.01 if learns else TOLERANCE):
-            states, starts, change = sweep(cell, chunks, s0, starts)
-            sweeps += 1
-    last = sweeps + RECORDED if learns else 0
-    while 0 < sweeps < MAX_SWEEPS and (sweeps < last or learns and change > TOLERANCE):
-        states, starts, change = sweep(cell, chunks, s0, starts)
-        sweeps += 1
-    if change <= TOLERANCE:
+    sweeps, recorded = 0, 0 if learns else RECORDED
+    starts, error, last = s0.new_zeros(B, n - 1, C), math.inf, None
+    while n > 1 and sweeps < MAX_SWEEPS and (error > TOLERANCE or recorded < RECORDED):
+        records = learns and (recorded > 0 or error < 0.05)
+        with torch.set_grad_enabled(records):
+            states, change = sweep(cell, chunks, s0, starts)
+            size = starts.std(-1, keepdim=True).clamp(min=1e-3)
+            error = (change / size).abs().max().item()
+            old, last = last, (starts + change, change)
+            starts = extrapolate(old, last) if old else last[0]
+        sweeps, recorded = sweeps + 1, recorded + records
+    if error <= TOLERANCE:
         return states.view(B, n * L, C)[:, :T], sweeps
     if sweeps:
-        print(f"solver: not settled after {sweeps} sweeps, so the tokens are walked")
+        print(f"solver: not settled after {sweeps} sweeps; walks")
     return walk(cell, u, s0)[0], 0
 
-# --- 4. The model: context block, token block, output head; how it writes ---
+# --- 4. The model: context block, token block, head; how it writes ---
 Output = namedtuple("Output", "loss logits state")  # a number or None, (B, T, V), (B, C)
 class NewLLM(nn.Module, hub.PyTorchModelHubMixin):
-    """Embeddings and output head share a table (weight tying). Where Phase 2 freezes learned
-    embeddings, because the contexts were made with them, the head goes on with a copy."""
+    """Embeddings and head share a table (weight tying). Where Phase 2 freezes learned embeddings,
+    because the contexts were made with them, the head goes on with a copy."""
     def __init__(self, config: Config, vocab_size: int = len(EVERY)):
         super().__init__()
         self.config, self.sweeps = config, 0
-        self._hub_mixin_config = asdict(config) | dict(vocab_size=vocab_size)  # for config.json
+        self._hub_mixin_config = asdict(config) | dict(vocab_size=vocab_size)
         self.register_buffer("vocab", torch.tensor(EVERY[:vocab_size]))  # see Tokenizer
         self.embed = nn.Embedding(vocab_size, config.embed_dim)
         self.cell = Cell(config)
@@ -304,18 +306,18 @@ class NewLLM(nn.Module, hub.PyTorchModelHubMixin):
         self.embed.requires_grad_(config.embeddings == "learned")
         tied = config.joint or config.embeddings != "learned"
         self.head = None if tied else nn.Parameter(self.embed.weight.detach().clone())
-        # 1 / temperature. Sharp scores learn by heart in fewer passes, but overfit on new text.
+        # 1 / temperature. Sharp scores learn by heart sooner, but overfit.
         self.sharpness = nn.Parameter(torch.tensor(10.0 if config.hold_out else 25.0))
     def embedded(self, ids):
         """ids (...) -> x (..., E). An unknown word is all zeros: it says nothing."""
         return F.layer_norm(self.embed(ids), self.embed.weight.shape[1:]) * (ids != UNK)[..., None]
     def states(self, ids, state=None, solver=None):
-        """Context block: ids (B, T), the state before them (B, C) or None -> states (B, T, C)."""
+        """Context block: ids (B, T), the state before (B, C) or None -> states (B, T, C)."""
         u = self.cell.token_in(self.dropout(self.embedded(ids)))
         if state is None:
             state = u.new_zeros(len(u), self.config.context_dim)
         solver = solver or self.config.solver
-        if solver == "auto":  # on a CPU, the loop is as fast unless dialogues are long and few
+        if solver == "auto":  # on a CPU the loop is as fast, unless dialogues are long and few
             solver = "parallel" if u.is_cuda or u.shape[1] > 256 * len(u) else "sequential"
         if solver == "sequential":
             return walk(self.cell, u, state)[0]
@@ -330,11 +332,12 @@ class NewLLM(nn.Module, hub.PyTorchModelHubMixin):
         q = F.normalize(self.query(self.dropout(both)), dim=-1)
         return F.linear(self.sharpness * q, F.normalize(table, dim=-1), self.bias)
     def forward(self, input_ids, labels=None, state=None) -> Output:
-        """ids (B, T), labels (B, T) as Hugging Face's (-100: ignored), state where a call ended."""
+        """ids (B, T), labels (B, T) as Hugging Face's (-100: ignored), an earlier call's state."""
         states = self.states(input_ids, state)
         logits, loss = self.logits(states, input_ids), None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            following = F.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = F.cross_entropy(logits.flatten(0, 1), following.flatten())
         return Output(loss, logits, states[:, -1])
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens=100, eos_token_id=IM_END, state=None,
@@ -349,13 +352,13 @@ class NewLLM(nn.Module, hub.PyTorchModelHubMixin):
             token = logits.argmax(-1)
             if do_sample and temperature > 0:
                 token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-            unread = token.masked_fill(ended, eos_token_id)[:, None]  # fills rows that ended
+            unread = token.masked_fill(ended, eos_token_id)[:, None]
             ids = torch.cat((ids, unread), 1)
             ended = ended | (unread[:, 0] == eos_token_id)
         return ids
 
 def answer(model, text, max_new_tokens=200, **sampling) -> str:
-    """The model's answer to one message. A model of a plain text continues it."""
+    """The answer to a message. A model of a plain text continues it."""
     tokenizer = Tokenizer(model.vocab.tolist())
     encode = tokenizer.encode if is_text(model.config.data) else tokenizer.question
     ids = model.vocab.new_tensor([encode(text)])
@@ -364,32 +367,34 @@ def answer(model, text, max_new_tokens=200, **sampling) -> str:
 
 # --- 5. Training: one loop for both phases ---
 TABLE_RATE = 0.2  # embeddings and head learn at this share of the rate, or they overfit
-LAUNCHED = distributed.is_available() and distributed.is_torchelastic_launched()  # by torchrun
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0         # the number of this process
+DECAY = 1.0       # weight decay, a hundred times the usual, for new text
+LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()  # by torchrun
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of this process
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # how many there are
 
 class Phase:
-    """What both phases share. Random numbers depend on seed and step only, for --resume."""
+    """What both phases share: they add name, about, the names of figures, and loss()."""
     def __init__(self, model, train, val, passes, rate):
         config = self.config = model.config
-        self.model, self.passes = model, passes
-        self.keeps = self.name == "Phase 1" or not config.joint + config.dropout + config.hold_out
+        self.model, self.passes, self.device = model, passes, model.vocab.device
+        self.keep = self.name == "Phase 1" or not max(config.joint, config.dropout, config.hold_out)
         self.train, self.val, self.fits = train, val, tokens_that_fit(model)
-        self.progress = dict(done=0, steps=0, over=False)
+        self.progress = dict(done=0, steps=0, converged=0, over=False)
         self.learns = [p for p in model.parameters() if p.requires_grad]
-        tables = (model.embed.weight, model.head)
-        rates = [rate * TABLE_RATE if any(p is t for t in tables) else rate for p in self.learns]
-        self.optimizer = torch.optim.AdamW([dict(params=[p]) for p in self.learns], fused=True)
+        table, decay = model.embed.weight.shape, DECAY if config.hold_out else 0.01
+        rates = [rate * (TABLE_RATE if p.shape == table else 1) for p in self.learns]
+        groups = [dict(params=[p], weight_decay=decay * (p.dim() > 1)) for p in self.learns]
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.tokens = min(config.batch_tokens, max(128, sum(len(d.ids) for d in train) // 10))
-        steps = passes * len(batches_of(train, self.tokens)) + 1  # a small text gets ten a pass
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm up, then fall like a cosine
+        steps = passes * len(batches_of(train, self.tokens)) + 1  # at least ten a pass
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm up, then fall
             self.optimizer, rates, steps, pct_start=min(0.3, 10 / steps), cycle_momentum=False)
         self.parts = (model, self.optimizer, self.schedule)
         for d in train:
             d.states = None  # an earlier phase made them before its last steps
         print(f"\n{self.name}: {self.about}; perplexity, e^loss")
     def fit(self, key, saved):
-        """Train. `key` stands for the data, `saved` is a training.pt to go on from, or None."""
+        """Train. `key` stands for the data, `saved` is a training.pt to go on from."""
         if saved:
             self.progress = saved["progress"]
             for part in self.parts:
@@ -404,13 +409,12 @@ class Phase:
                 for name, figure in self.run(self.val, learn=False).items():
                     figures[f"held-out {name}"] = figure
             now["done"] += 1
-            settled = now["steps"] > 20 and figures.get("converged", 0) >= ENOUGH  # not in warm-up
-            now["over"] = settled and not self.val
+            now["over"] = not self.val and now["steps"] > 20 and now["converged"] >= ENOUGH
             self.save(key)
             shown = [f"{name} {value:.4g}" for name, value in figures.items()]
             print(f"{now['done']:5d} of {self.passes}", *shown, sep=" | ", flush=True)
     def save(self, key):
-        """Write model.pt, which chat.py opens, and training.pt, which --resume opens."""
+        """Write model.pt for chat.py and training.pt for --resume."""
         config, folder, done = asdict(self.config), Path(self.config.out), self.progress["done"]
         model = dict(config=config, model=self.model.state_dict(),
                      status=f"{self.name}, {done} of {self.passes} passes")
@@ -420,7 +424,7 @@ class Phase:
         write(folder / "model.pt", lambda file: torch.save(model, file))
         write(folder / "training.pt", lambda file: torch.save(training, file))
     def run(self, dialogues, learn) -> dict[str, float]:
-        """One pass over dialogues, to learn or only to look. Returns means per word."""
+        """One pass over dialogues, to learn or only to look: means per word."""
         batches = batches_of(dialogues, self.tokens)
         random.Random(self.config.seed + self.progress["done"]).shuffle(batches)
         self.model.train(learn)
@@ -429,15 +433,15 @@ class Phase:
         figures = dict(zip(self.names, (sums[1:] / sums[0]).tolist()))
         return figures | dict(perplexity=math.exp(min(figures["loss"], 99)))
     def step(self, batch):
-        """The sums of a batch, computed in parts that fit; when learning, an optimizer step."""
+        """The sums of a batch, in parts that fit; an optimizer step, when learning."""
         mine, longest, sums = batch[RANK::WORLD], len(batch[-1].ids), None
         while sums is None:
             size = max(1, min(self.fits // longest, len(mine)))
             try:
                 self.optimizer.zero_grad()
                 parts = [self.compute(mine[k:k + size]) for k in range(0, len(mine), size)]
-                sums = sum(parts, torch.zeros(1 + len(self.names)).to(self.model.vocab.device))
-            except RuntimeError as e:  # a CPU and Apple's GPUs raise no torch.OutOfMemoryError
+                sums = sum(parts, torch.zeros(1 + len(self.names), device=self.device))
+            except RuntimeError as e:  # not all devices raise torch.OutOfMemoryError
                 if "memory" not in str(e):
                     raise
                 if size == 1:
@@ -445,14 +449,14 @@ class Phase:
                 self.fits = size // 2 * longest
                 print(f"memory: too little, from now on {self.fits:,} tokens at a time")
         if WORLD > 1:
-            distributed.all_reduce(sums)
+            dist.all_reduce(sums)
         if not sums.isfinite().all():
             raise UserError(f"the loss is {sums[1].item()}; lower --learning-rate, train anew")
         if self.model.training:
             for p in self.learns:  # the mean gradient of all words
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad / sums[0]
                 if WORLD > 1:
-                    distributed.all_reduce(p.grad)
+                    dist.all_reduce(p.grad)
             nn.utils.clip_grad_norm_(self.learns, 1.0)
             self.optimizer.step()
             self.schedule.step()
@@ -460,21 +464,20 @@ class Phase:
         return sums
     def compute(self, part):
         """The sums of some dialogues; when learning, their gradient is added."""
-        torch.manual_seed(self.config.seed + self.progress["steps"])
-        device, before = self.model.vocab.device, None
-        ids = pad_sequence([d.ids for d in part], True).to(device)    # filled up with UNK
-        mask = pad_sequence([d.mask for d in part], True).to(device)  # and False
-        if self.model.training and all(d.states is not None for d in part):
-            before = pad_sequence([d.states for d in part], True).to(device)
+        torch.manual_seed(self.config.seed + self.progress["steps"])  # also after --resume
+        ids = pad_sequence([d.ids for d in part], True).to(self.device)  # filled up with UNK
+        mask = pad_sequence([d.mask for d in part], True).to(self.device)  # and False
+        stored = self.model.training and all(d.states is not None for d in part)
+        before = pad_sequence([d.states for d in part], True).to(self.device) if stored else None
         loss, sums, states = self.loss(ids, mask, before)
         if self.model.training:
             loss.backward()
             for d, s in zip(part, states.detach().cpu()):
-                d.states = s[:len(d.ids)] if self.keeps else None
+                d.states = s[:len(d.ids)] if self.keep else None
         return torch.stack(sums).detach()
 
 def batches_of(dialogues, tokens) -> list[list[Dialogue]]:
-    """Dialogues of similar length together: as many as `tokens` allow, padding included."""
+    """Dialogues of similar length together, up to `tokens` with padding."""
     batches = []
     for d in sorted(dialogues, key=lambda d: len(d.ids)):
         if not batches or (len(batches[-1]) + 1) * len(d.ids) > tokens:
@@ -483,75 +486,72 @@ def batches_of(dialogues, tokens) -> list[list[Dialogue]]:
     return batches
 
 def tokens_that_fit(model) -> int:
-    """On a GPU, half of its free memory over what a token takes: cell and three rows of scores."""
+    """On a GPU half of its free memory by what a token takes: cell, three rows of scores."""
     if model.vocab.device.type != "cuda":
         return 8192
     cell = model.config.num_layers * model.config.hidden_dim + 2 * model.config.context_dim
     floats = 4 * RECORDED * cell + 3 * len(model.vocab)
-    fits = torch.cuda.mem_get_info(model.vocab.device)[0] // (2 * 4 * floats)
-    print(f"memory: {fits:,} tokens at a time")
-    return max(1, fits)
+    return max(1, torch.cuda.mem_get_info(model.vocab.device)[0] // (2 * 4 * floats))
 
 # --- 6. Phase 1: learn the contexts of all tokens ---
 DIVERSITY = 0.9   # w, the weight of diversity in the loss
 CONVERGED = 0.01  # a context has converged when its mean squared change is below this
 ENOUGH = 0.95     # Phase 1 ends when so many contexts have converged
-USER = 0.1        # weight of a user's word if all is learned by heart: nobody has to say it
+USER = 0.1        # weight of a user's word, which nobody has to say, if learned by heart
 
 class Phase1(Phase):
     """loss = (1 - w) CVFP + w diversity. CVFP (context vector fixed point) is the mean squared
-    change of a context by the pass: contexts settle. Diversity asks each to tell the next word from
-    all others: contexts spread out (Wang & Isola 2020). That is next-word training already."""
-    name, names, last = "Phase 1", ("loss",), None  # last: the contexts after the last pass
+    change of a context since the last pass: contexts settle. Diversity asks each to tell the next
+    word from all others: contexts spread out (Wang & Isola 2020)."""
+    name, names, last = "Phase 1", ("loss",), None  # contexts after the last pass
     about = f"loss per word; change of contexts by a pass, share converged to below {CONVERGED}"
     def loss(self, ids, mask, before):
-        """ids, mask (B, T), the last pass's states or None -> what is to be minimised; number of
-        words, sums over them of the figures `names`; states (B, T, C)."""
+        """ids, mask (B, T), the last pass's states or None -> what to minimise; number of words
+        and sums over them of the figures `names`; states (B, T, C)."""
         states = self.model.states(ids)
-        at = ids[:, 1:] != UNK  # from each context but the last, the next token is predicted
+        at = ids[:, 1:] != UNK  # each context but the last predicts the next token
         weight = torch.where(mask[:, 1:][at], 1.0, 1.0 if self.config.hold_out else USER)
         table = self.model.embed.weight  # weight tying, whatever Phase 2 does
         scores = self.model.logits(states[:, :-1][at], ids[:, :-1][at], table)
         diversity = weight @ F.cross_entropy(scores, ids[:, 1:][at], reduction="none")
         old = context(states if before is None else before)
-        cvfp = weight @ (context(states) - old)[:, 1:][at].pow(2).mean(-1)
+        cvfp = weight @ (context(states) - old)[:, :-1][at].pow(2).mean(-1)
         return (1 - DIVERSITY) * cvfp + DIVERSITY * diversity, [weight.sum(), diversity], states
     def run(self, dialogues, learn):
-        before = self.contexts(self.train, "parallel") if learn and self.last is None else self.last
+        before = self.contexts(self.train) if learn and self.last is None else self.last
         figures = super().run(dialogues, learn)
         if learn:
-            self.last = self.contexts(self.train, "parallel")
+            self.last = self.contexts(self.train)
             change = (self.last - before).pow(2).mean(-1)
-            converged = (change < CONVERGED).float().mean()
-            figures |= dict(change=change.mean().item(), converged=converged.item())
+            self.progress["converged"] = (change < CONVERGED).float().mean().item()
+            figures |= dict(change=change.mean().item(), converged=self.progress["converged"])
         return figures
     @torch.no_grad()
-    def contexts(self, dialogues, solver):
-        """(N, C): contexts of the first dialogues, up to 4,096 tokens, read as one text."""
-        ids = torch.cat([d.ids for d in dialogues])[None, :4096].to(self.model.vocab.device)
+    def contexts(self, dialogues, solver="parallel"):
+        """(N, C): contexts of up to 4,096 tokens, read as one text."""
+        ids = torch.cat([d.ids for d in dialogues])[None, :4096].to(self.device)
         return context(self.model.eval().states(ids, solver=solver)[0]).cpu()
     def report(self):
         for dialogues in filter(None, (self.val, self.train)):
-            c = self.contexts(dialogues, "parallel")
+            c = self.contexts(dialogues)
             far = (c - self.contexts(dialogues, "sequential")).abs().max()
             p = F.normalize(torch.linalg.svdvals(c - c.mean(0)), p=1, dim=0)
             rank = torch.special.entr(p).sum().exp() / c.shape[1]  # effective (Roy & Vetterli 2007)
-            print(f"{'held-out' if dialogues is self.val else 'training'} contexts: effective rank "
-                  f"{rank:.0%}; {self.model.sweeps} sweeps, at most {far:.0e} from the loop's")
-        if not self.val and not self.progress["over"]:
+            print(f"{'held-out' if dialogues is self.val else 'training'} contexts: effective "
+                  f"rank {rank:.0%}; {self.model.sweeps} sweeps, {far:.0e} from the loop's")
+        if not self.val and self.progress["converged"] < ENOUGH:
             print(f"advice: under {ENOUGH:.0%} converged; raise --iterations or --context-dim")
         if F.cosine_similarity(c[1:], c[:-1]).mean() > 0.99:
-            print("warning: identity mapping, tokens hardly change contexts; raise --samples")
+            print("warning: identity mapping, contexts hardly change; raise --samples")
         if F.normalize(c, dim=-1).mean(0).pow(2).sum() > 0.95:
             print("warning: global attractor, all contexts are alike; raise --context-dim")
 
 # --- 7. Phase 2: learn what the assistant says ---
-HOLES = 0.1  # to understand new text: the share of words that training does not show
+HOLES = 0.2  # share of words to hide, for new text
 
 class Phase2(Phase):
-    """Cross entropy of the assistant's words. The frozen context block's contexts can be kept. But
-    it knows its training text by heart, and contexts of new text will be worse: if that is to be
-    understood, they are made anew in each pass, with other words hidden."""
+    """Cross entropy of the assistant's words, from kept contexts of the frozen context block. New
+    text is harder to follow: for its sake they are made anew each pass, with other words hidden."""
     name, names = "Phase 2", ("loss", "right")
     about = "loss per word of the assistant, share of these words that are right"
     def loss(self, ids, mask, before):
@@ -564,18 +564,18 @@ class Phase2(Phase):
         loss = F.cross_entropy(scores, words, reduction="sum")
         return loss, [at.sum(), loss, (scores.argmax(-1) == words).sum()], states
 
-# --- 8. The rest: files, GPT-2's embeddings, the command line, main ---
+# --- 8. Files, GPT-2's embeddings, the command line, main ---
 @contextlib.contextmanager
 def explained(what, way_out):
-    """Turns what goes wrong inside into a UserError: what failed, why, and the way out."""
+    """Turns what goes wrong into a UserError: what failed, why, and the way out."""
     try:
         yield
-    except Exception as e:  # networks, damaged files and full disks raise anything
+    except Exception as e:  # networks, files and disks raise anything
         cause = f"no {e}" if isinstance(e, KeyError) else f"{e}".strip() or type(e).__name__
         raise UserError(f"{what} ({cause.splitlines()[0][:150]}); {way_out}") from None
 
 def write(path, content_to):
-    """Write beside the place, then move: a crash cannot leave half a file."""
+    """Write beside the place, then move: no crash leaves half a file."""
     new = path.with_suffix(f".{RANK}")  # each process has its own
     with explained(f"cannot write {path}", "free space, or name another folder: --out, --cache"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -589,7 +589,7 @@ def read_checkpoint(path) -> dict:
     """What Phase.save() wrote. No code in it is run."""
     with explained(f"cannot read {path}", "train first, as with python newllm.py --small"):
         saved = torch.load(path, "cpu", weights_only=True)
-        Config(**dict(saved)["config"])  # raises for what another program or version wrote
+        Config(**dict(saved)["config"])  # raises if it is of another version
         return saved
 
 def pick_device(name) -> torch.device:
@@ -601,7 +601,7 @@ def pick_device(name) -> torch.device:
         return torch.zeros(1, device=device).device
 
 def make_model(config, vocab) -> NewLLM:
-    """A fresh model, with GPT-2's embeddings if they are wanted (548 MB, downloaded once)."""
+    """A fresh model, with GPT-2's embeddings if wanted (548 MB, downloaded once)."""
     if config.embeddings != "learned":
         try:
             with explained("cannot get GPT-2's embeddings", "go online, or --embeddings learned"):
@@ -609,7 +609,7 @@ def make_model(config, vocab) -> NewLLM:
                 gpt2 = ("openai-community/gpt2", "model.safetensors")
                 path = hub.try_to_load_from_cache(*gpt2)
                 if not path:
-                    hub.HfApi().model_info(gpt2[0])  # without a network it fails at once
+                    hub.HfApi().model_info(gpt2[0])  # offline it fails at once
                     path = hub.hf_hub_download(*gpt2)
                 with safe_open(path, "pt") as file:
                     table = file.get_tensor("wte.weight").float()  # (50257, 768)
@@ -628,7 +628,7 @@ def make_model(config, vocab) -> NewLLM:
     return model
 
 def parse(argv) -> Config:
-    """The command line as a Config: defaults, changed by a preset, then by what is typed."""
+    """The command line as a Config: defaults, a preset, then what is typed."""
     def complain(message):
         raise UserError(f"{message} (python newllm.py --help lists the options)")
     parser = argparse.ArgumentParser("newllm.py", allow_abbrev=False, description=__doc__,
@@ -651,17 +651,17 @@ def parse(argv) -> Config:
             complain(f"--resume takes the settings of its run; leave out {flag(max(others))}")
         saved = read_checkpoint(Path(Config(**typed).out, "training.pt"))
         return Config(**saved["config"] | typed)
-    if is_file(typed.get("data", "ultrachat")):  # it is read to its end, and needs no network
+    if "data" in typed and is_file(typed["data"]):  # read to its end, without a network
         typed = dict(samples=0, embeddings="learned") | typed
         preset = preset or "medium"
     return Config(**PRESETS[preset or "small"][1] | typed)
 
 def train_model(config) -> NewLLM:
-    """Both phases. Returns the model to chat with."""
+    """Both phases: the model to chat with."""
     saved = read_checkpoint(Path(config.out, "training.pt")) if config.resume else None
     device = pick_device(config.device)
     if WORLD > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train, val, vocab = load(config)
     model = make_model(config, vocab).to(device)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
@@ -682,18 +682,18 @@ def train_model(config) -> NewLLM:
 
 @contextlib.contextmanager
 def as_program(name, interrupted):
-    """For newllm.py and chat.py: print any character anywhere, and end without a traceback."""
-    for stream in filter(lambda stream: hasattr(stream, "reconfigure"), (sys.stdin, sys.stdout)):
-        stream.reconfigure(errors="replace")
-    notebook = "ipykernel" in sys.modules  # it shows errors in its own way
+    """For newllm.py and chat.py: print any character, end without a traceback."""
+    for stream in (sys.stdin, sys.stdout):
+        getattr(stream, "reconfigure", dict)(errors="replace")
+    notebook = "ipykernel" in sys.modules  # it shows errors
     try:
         yield
-        print(end="", flush=True)
+        print(end="", flush=True)  # a closed pipe raises here
     except KeyboardInterrupt:
         print(f"\n{interrupted}")
         if not notebook:
             sys.exit(130)
-    except BrokenPipeError:  # as with | head -1: nobody reads on
+    except BrokenPipeError:  # as with | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as e:
         if notebook:
@@ -706,9 +706,9 @@ def main(argv=None) -> NewLLM | None:
     if argv is None:  # in a notebook, sys.argv is not ours
         argv = [] if "ipykernel" in sys.modules else sys.argv[1:]
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")  # the first one speaks
     start = time.perf_counter()
-    torch.set_flush_denormal(True)  # numbers near 1e-40 make exp ten times slower
+    torch.set_flush_denormal(True)  # numbers near 1e-40 are slow
     with as_program("newllm.py", "interrupted; once Phase 1 has begun, --resume goes on"):
         config = parse(argv)
         model = train_model(config)

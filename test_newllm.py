@@ -2,8 +2,9 @@
 Run as a script, this file measures:  python test_newllm.py --help"""
 import argparse, bisect, collections, contextlib, copy, functools, http.server, io, itertools, json
 import math, os, random, re, shlex, statistics, subprocess, sys, tempfile, threading, time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest, torch
 import torch.nn.functional as F
@@ -82,8 +83,6 @@ def shipped(number):
     """The first question and answer of the first shipped dialogues."""
     lines = (REPO / "data/chats.jsonl").read_text("utf-8").splitlines()[:number]
     return [[m["content"] for m in json.loads(line)["messages"][:2]] for line in lines]
-def ids_of(dialogues):
-    return [tuple(d.ids.tolist()) for d in dialogues]
 
 # --- contexts, loss, generation
 @pytest.mark.parametrize("T", [512, 4096])
@@ -92,10 +91,8 @@ def ids_of(dialogues):
 def test_contexts_of_all_tokens_at_once_are_those_of_reading_token_by_token(layers, T):
     model, s0 = trained(layers), torch.rand(2, 24) * 2 - 1
     u = model.cell.token_in(model.embedded(torch.randint(0, 200, (2, T))))
-    walked = walk(model.cell, u, s0)[0]
-    for guess, most in ((None, 10), (walked, 1)):
-        solved, sweeps = solve(model.cell, u, s0, guess)
-        assert 1 <= sweeps <= most and (context(solved) - context(walked)).abs().max() <= 1e-4
+    walked, (solved, sweeps) = walk(model.cell, u, s0)[0], solve(model.cell, u, s0)
+    assert 1 <= sweeps <= 9 and (context(solved) - context(walked)).abs().max() <= 1e-4
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_parallel_gradient_is_that_of_backpropagation_through_time(layers):
@@ -106,13 +103,6 @@ def test_the_parallel_gradient_is_that_of_backpropagation_through_time(layers):
         loss = (context(model.states(ids, s0, solver=solver)) * weights).sum()
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, learns)]))
     assert model.sweeps and F.cosine_similarity(*gradients, dim=0) >= 0.9999
-
-@torch.no_grad()
-def test_no_context_depends_on_a_later_token():
-    model, ids = tiny(solver="parallel"), torch.randint(0, 200, (1, 400))
-    changed = torch.cat((ids[:, :250], torch.randint(0, 200, (1, 150))), 1)
-    difference = (model.states(ids) - model.states(changed)).abs()
-    assert difference[:, :250].max() < 1e-5 and difference[:, 250:].max() > 1e-3
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_solver_that_does_not_settle_gives_the_loops_states_and_says_so(
@@ -153,6 +143,12 @@ def test_a_model_can_be_saved_for_the_hub_and_loaded_again():
     again = NewLLM.from_pretrained("hub").eval()
     assert again.config == model.config and torch.equal(again.vocab, model.vocab)
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+def test_a_subclass_of_config_sets_other_defaults():
+    @dataclass
+    class Deep(Config):
+        num_layers: int = 3
+    assert len(NewLLM(Deep(), 9).cell.hidden) == 2
 
 # --- data
 @pytest.mark.parametrize("name", ["text.txt", "A.TXT", "notes.md", "b.text"])
@@ -223,7 +219,7 @@ def test_phase_1_does_not_end_while_its_learning_rate_still_warms_up():
     assert len(figures(run(f"{TINY} --data chats.jsonl --iterations 20"), 1)) > 5
 
 def test_below_95_percent_it_says_what_to_raise():
-    assert "advice: under 95% converged; raise --iterations" in run(TINY)
+    assert "advice: under 95% converged; raise --iterations" in run(f"{TINY} --iterations 2")
 
 def test_twelve_layers_learn_the_ten_dialogues_by_heart():
     chats(shipped(10))
@@ -267,6 +263,8 @@ def test_resume_takes_the_settings_of_its_run_and_refuses_others():
     one_line("has changed since the run began", "--resume")
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole_and_nothing_else(monkeypatch):
+    Path("checkpoints").mkdir()
+    Path("checkpoints/model.0").write_bytes(b"half")  # what a kill in a write leaves
     run(f"{TINY} --epochs 1")
     before = {path.name: path.read_bytes() for path in Path("checkpoints").iterdir()}
     def save(_, path):
@@ -290,6 +288,12 @@ def test_a_batch_too_large_for_memory_is_computed_in_parts_with_the_same_losses(
     parts = run(options)
     assert "memory: too little" in parts and "memory" not in whole
     same_figures(whole, parts)
+
+def test_on_a_gpu_as_many_tokens_are_computed_at_a_time_as_half_the_free_memory_holds(monkeypatch):
+    model, free = mock.MagicMock(config=Config()), 8 * 10 ** 9
+    model.vocab.configure_mock(**{"device.type": "cuda", "__len__.return_value": 50_000})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    assert 0.9 < newllm.tokens_that_fit(model) * 3 * 4 * 50_000 / (free / 2) <= 1
 
 # --- notebooks, streams, folders, and what goes wrong
 def test_in_a_notebook_an_interrupt_does_not_end_the_kernel(monkeypatch):
@@ -380,11 +384,12 @@ def run_apart(*command, code=0, **environment):
     assert done.returncode == code, done.stdout + done.stderr
     return done.stderr if code else done.stdout
 
-def test_two_processes_train_to_the_losses_of_one():
+def test_two_processes_train_to_the_losses_of_one_and_only_torchrun_makes_two():
     options = f"{TINY} --batch-tokens 256"
     two = run_apart(*"-m torch.distributed.run --standalone --local-addr 127.0.0.1".split(),
                     "--nproc-per-node=2", str(REPO / "newllm.py"), *options.split())
-    same_figures(two, run(options))
+    one = run_apart(str(REPO / "newllm.py"), *options.split(), WORLD_SIZE="2", RANK="1")
+    same_figures(two, one)
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers as huggingface.co does: repository info, file lists, files with Range requests."""
@@ -452,7 +457,7 @@ def test_when_the_hub_refuses_the_message_says_what_it_said():
 def test_without_a_network_there_is_one_line_within_seconds(options, want, code):
     start, command = time.perf_counter(), [str(REPO / "newllm.py"), *options.split()]
     said = run_apart(*command, code=code, HF_ENDPOINT="http://127.0.0.1:9")
-    assert want in said and time.perf_counter() - start < 20
+    assert want in said and time.perf_counter() - start < 60
     assert said.count("\n") == 1 or not code
 
 # --- chat.py
@@ -460,7 +465,8 @@ def test_without_a_network_there_is_one_line_within_seconds(options, want, code)
 def chat_with(small_run, monkeypatch):
     """Chat with the small model in lines of standard input. Returns the lines of the answers."""
     def answers(options, *lines):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        typed = io.BytesIO("\n".join(lines).encode("utf-8", "surrogateescape"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, "utf-8"))
         return run(f"--checkpoint {small_run[0]}/checkpoints {options}", program=chat).splitlines()
     return answers
 
@@ -471,14 +477,13 @@ def test_chat_answers_every_line_of_standard_input(chat_with):
 def test_an_answer_that_was_cut_ends_in_dots(chat_with):
     assert chat_with("--prompt hello --max-new-tokens 2")[0].endswith(" ...")
 
-def test_bytes_that_are_no_text_are_answered_too(small_run, monkeypatch):
-    monkeypatch.chdir(small_run[0])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hel\xfflo\n"), "utf-8"))
-    assert len(run("", program=chat)) > 5
+def test_bytes_that_are_no_text_are_answered_too(chat_with):
+    assert len(chat_with("", "hel\udcfflo")) == 1
 
 def test_a_model_of_a_plain_text_continues_it():
     Path("five.txt").write_text("Roses are red\nViolets are blue\nSugar is sweet\n" * 5)
     run(f"{TINY} --data five.txt --iterations 40 --epochs 9 --batch-tokens 32")
+    Path("checkpoints/training.pt").unlink()  # chat.py has no need of it
     assert answer(chat.open_model("checkpoints")[0], "Violets are", 1) == "blue"
     assert run("--prompt 'Violets are' --max-new-tokens 1", program=chat).split() == ["blue", "..."]
 
@@ -487,8 +492,9 @@ def test_without_a_model_chat_says_how_to_make_one():
 
 # --- what follows runs as a script and measures: other models in New-LLM's place, as large as it is
 JOINT = ("GRU", "GRU-2", "GRU-token", "Transformer")  # trained as such models are, all at once
-LIKE_OURS = ("New-LLM", "no-phase-1")     # but otherwise trained
-KINDS = (*LIKE_OURS, "context-only", "original", *JOINT)
+LIKE_OURS = ("New-LLM", "norm-diversity")  # its Phase 1 has the original's loss
+CELLS = ("original", "input-gate", "LayerNorm")
+KINDS = (*LIKE_OURS, "context-only", *CELLS, *JOINT)
 WIDE = "--large --max-len 512 --num-layers 1 --context-dim 600 --hidden-dim 600"  # for new text
 
 def settings(options, *more):
@@ -512,17 +518,21 @@ def once(o, key, measure):
           sep=" | ")
     return row
 
-class OriginalCell(Cell):
-    """The original has LayerNorm in the loop, and an input gate of its own."""
-    def __init__(self, config):
+class OtherCell(Cell):
+    """The original has an input gate of its own and LayerNorm in the loop. Or one of them."""
+    def __init__(self, config, kind):
         super().__init__(config)
-        self.gates = nn.Linear(config.hidden_dim, 3 * config.context_dim)
+        self.gated, self.normed = kind != "LayerNorm", kind != "input-gate"
+        self.gates = nn.Linear(config.hidden_dim, (2 + self.gated) * config.context_dim)
+        if kind != "original":
+            self.gates.bias.data[:config.context_dim] = torch.linspace(-1, 4, config.context_dim)
     def forward(self, u, s):
         a = F.silu(u + self.state_in(s))
         for layer in self.hidden:
             a = a + F.silu(layer(a))
-        f, d, i = torch.sigmoid(self.gates(a)).chunk(3, -1)
-        return context(f * s + i * (2 * d - 1)), f
+        f, d, *own = torch.sigmoid(self.gates(a)).chunk(2 + self.gated, -1)
+        s = f * s + (own[0] if own else 1 - f) * (2 * d - 1)
+        return (context(s) if self.normed else s), f
 
 class StateOnly(nn.Linear):
     """The usual head: it does not read the token, which stands behind the state."""
@@ -536,8 +546,8 @@ class Other(NewLLM):
         like_ours = replace(config, context_dim=size, hidden_dim=hidden)
         super().__init__(config if kind in JOINT else like_ours, V)
         self.kind, self.size, E = kind, size, config.embed_dim
-        if kind == "original":
-            self.cell = OriginalCell(like_ours)
+        if kind in CELLS:
+            self.cell = OtherCell(like_ours, kind)
         elif kind == "Transformer":
             layers = [nn.TransformerEncoderLayer(size, 4, 4 * size, config.dropout, "gelu",
                                                  batch_first=True, norm_first=True) for _ in "12"]
@@ -547,7 +557,7 @@ class Other(NewLLM):
             self.cell = nn.ModuleList(nn.GRU(n, size, batch_first=True) for n in widths)
         if kind == "GRU-token":
             self.query = nn.Linear(size + E, E)
-        elif kind != "original":
+        elif kind not in CELLS:
             self.query = StateOnly(size, E)
     def states(self, ids, state=None, solver=None):
         """As New-LLM's. Two GRUs' states stand side by side, the upper one's first."""
@@ -600,10 +610,18 @@ def original_loss(c, before):
     change, deviation = (c - before).pow(2).mean(), (c - c.mean(0)).norm() / len(c)
     return (1 - newllm.DIVERSITY) * change - newllm.DIVERSITY * deviation
 
+class Original1(Phase1):
+    """With the original's loss, which looks at no word, on our cell's exact contexts."""
+    def loss(self, ids, mask, before):
+        _, sums, states = super().loss(ids, mask, before)
+        old = states.detach() if before is None else before
+        return original_loss(*(context(s)[ids != UNK] for s in (states, old))) * sums[0], sums, states
+
 def learn(kind, model, train, val, cached=()):
     """Both phases as in newllm.py, or a baseline's only one. Returns the last, and what it took."""
     config, start, seen = model.config, time.perf_counter(), 0
-    phases = [(Phase1, config.iterations), (Phase2, config.epochs)]
+    first = Original1 if kind == "norm-diversity" else Phase1
+    phases = [(first, config.iterations), (Phase2, config.epochs)]
     if kind in JOINT:
         phases = [(Joint, config.iterations + config.epochs)]
     with tempfile.TemporaryDirectory() as config.out:
@@ -632,7 +650,7 @@ def pairs_of(records):
             if said["role"] == "user"]
 
 def nearest(pairs, questions):
-    """The answer to the training question with the most similar words: idf, cosine."""
+    """The answer to the training question with the most similar words, of one turn: idf, cosine."""
     bag = lambda text: set(re.findall(r"[\w']+", text.lower()))
     bags = [bag(text) for text, _ in pairs]
     counts = collections.Counter(itertools.chain(*bags))
@@ -672,13 +690,8 @@ def ask(o):
     told K turns before; whole: share of answers that are some whole answer of the training data)"""
     model, records = chat.open_model(o.ask[0])[0].to(o.device), records_of(o.ask[1])
     pairs = pairs_of(records_of(model.config.data)[:model.config.samples or None])
-    key = dict(table="ask", data=o.ask[1], time=time.ctime())
-    once(o, key | dict(model=o.ask[0]), lambda: shares(records, say(model, records), pairs))
-    ask_neighbour(o, key, records, pairs)
-def ask_neighbour(o, key, records, pairs):
-    """The nearest neighbour knows no turn but the last."""
-    answers = nearest(pairs, [record["messages"][-2]["content"] for record in records])
-    once(o, key | dict(model="nearest neighbour"), lambda: shares(records, answers, pairs))
+    key = dict(table="ask", model=o.ask[0], data=o.ask[1], time=time.ctime())
+    once(o, key, lambda: shares(records, say(model, records), pairs))
 
 def wordings(o, kinds=("New-LLM", "GRU", "GRU-token", "Transformer")):
     """Models of the same size (without embeddings and head), trained by heart, asked wordings that
@@ -695,7 +708,8 @@ def wordings(o, kinds=("New-LLM", "GRU", "GRU-token", "Transformer")):
     key = dict(table="wordings", data=data, questions=questions)
     for kind, seed in itertools.product(o.models or kinds, o.seeds or [1]):
         once(o, key | dict(model=kind, seed=seed), measure)
-    ask_neighbour(o, key, records, pairs)
+    answers = nearest(pairs, [record["messages"][-2]["content"] for record in records])
+    once(o, key | dict(model="nearest neighbour"), lambda: shares(records, answers, pairs))
 
 # --- new text
 def split_file(path, tokens=math.inf, most=None):
@@ -708,22 +722,22 @@ def split_file(path, tokens=math.inf, most=None):
     for k, limit in enumerate((tokens, 60_000, 60_000)):
         ends = itertools.accumulate(len(d.ids) for d in parts[k])
         parts[k] = parts[k][:max(1, sum(end <= limit for end in ends))]
-    seen = {*ids_of(parts[0])}
+    seen = {tuple(d.ids.tolist()) for d in parts[0]}
     parts[1:] = ([d for d in part if tuple(d.ids.tolist()) not in seen] for part in parts[1:])
     used = torch.cat([torch.arange(3), *(d.ids for d in parts[0])]).unique()
     id_of = torch.zeros(len(newllm.EVERY)).long().index_copy(0, used, torch.arange(len(used)))
     renumbered = lambda d: Dialogue(id_of[d.ids], d.mask & (id_of[d.ids] != UNK))
     parts = [[d for d in map(renumbered, part) if d.mask[1:].any()] for part in parts]
-    count = [f"{sum(len(d.ids) for d in part):,}" for part in parts]
-    print("tokens to train on, to choose with, to report on:", *count, f"V={len(used):,}")
+    count = [sum(len(d.ids) for d in part) for part in parts]
+    print("tokens to train on, to choose with, to report on:", *count, f"V={len(used)}")
     return parts, [newllm.EVERY[i] for i in used.tolist()]
 
 def train_one(o, kind, parts, vocab, seed, choice):
     """Train a model on the first part, and report on the others."""
-    passes = choice["epochs"]  # Phase 2 takes half as many
-    first, second = (0, passes) if kind in JOINT else (passes, max(1, passes // 2))
-    config = replace(settings(WIDE, *o.more), seed=seed, dropout=choice["dropout"], epochs=second,
-                     iterations=0 if kind == "no-phase-1" else first)
+    passes = choice["epochs"]  # Phase 2 takes a quarter
+    first, second = (0, passes) if kind in JOINT else (passes, max(1, passes // 4))
+    config = replace(settings(WIDE, *o.more), seed=seed, dropout=choice["dropout"],
+                     iterations=first, epochs=second)
     model = make(o, kind, config, vocab)
     phase, took = learn(kind, model, *parts[:2])
     val, test = (phase.run(part, learn=False) for part in parts[1:])
@@ -747,7 +761,7 @@ def compare(o):
 # --- the original beside ours
 def original(o):
     """Ours and the original under the same training: new text, then wordings by heart"""
-    cells, epochs = ("New-LLM", "original", "context-only"), o.epochs[0]
+    cells, epochs = o.models or ("New-LLM", "context-only", "norm-diversity", *CELLS), o.epochs[0]
     choice = dict(dropout=o.dropouts[-1], epochs=epochs)
     for most, seed in itertools.product((100, None), o.seeds or [1, 2, 3]):
         parts, vocab = split_file(o.original, most=most)
@@ -805,8 +819,7 @@ def quasi_deer(cell, u, s0):
 
 def practised(o, name):
     """A model whose cell has learned, and its dialogues one after another, 32,768 tokens."""
-    few = dict(small="10", medium="0 --iterations 4", large="100 --iterations 2")
-    few = few["large" if o.quick and name == "medium" else name].split()
+    few = dict(small="10", medium="0 --iterations 4", large="100 --iterations 2")[name].split()
     config = settings(f"--{name}", "--data", newllm.SHIPPED, "--samples", *few, *o.more)
     train, _, vocab = load(config)
     model = make(o, "New-LLM", config, vocab)
@@ -853,28 +866,18 @@ def memory_row(model, text, position):
     return dict(ours=ours, state=state.nbytes, cache=2 * 2 * position * model.config.embed_dim * 4)
 
 def benchmark(o):
-    """Trained cells read real text: ms for T tokens by the loop, our solver, a GRU with as many
-    products; back: with backward; error and gradient's cosine: to the loop's in float64. Then:
-    tokens/s; bytes carried on by ours, and by a Transformer of two layers"""
-    for name in ("small", "medium", "large")[:2 if o.quick else 3]:
+    """Trained cells read real text: ms for T tokens (back: with backward) by the loop, the solver, a
+    GRU of as many products; error and cosine to the loop's in float64; tokens/s; bytes carried on"""
+    for name in ("small", "medium", "large"):
         model, text = practised(o, name)
-        key = dict(preset=name, threads=torch.get_num_threads(), quick=o.quick)
-        texts = dict(small=(512, 4096, 32768), medium=(512, 4096, 32768), large=(4096,))[name]
-        for T in texts[:2 if name == "small" else 1] if o.quick else texts:
+        key = dict(preset=name, threads=torch.get_num_threads())
+        for T in (4096,) if name == "large" else (512, 4096, 32768):
             once(o, dict(table="contexts", T=T) | key, lambda: contexts_row(model, text[:, :T]))
-        for position in (1000, 10_000, 100_000)[:1 if o.quick else 3] if name == "medium" else ():
+        for position in (1000, 10_000, 100_000) if name == "medium" else ():
             once(o, dict(table="memory", position=position) | key,
                  lambda: memory_row(model, text, position))
 
-# --- data, and pictures of kept numbers
-def show_data(o):
-    """Dialogues as the model reads them, [what it learns to say] in brackets"""
-    tokenizer = Tokenizer()
-    for d in newllm.read(o.show_data, "train", 3, Config()):
-        runs = itertools.groupby(zip(d.ids.tolist(), d.mask.tolist()), key=lambda pair: pair[1])
-        pieces = [(learned, tokenizer.decode([i for i, _ in run])) for learned, run in runs]
-        print("".join(f"[{text}]" if learned else text for learned, text in pieces))
-
+# --- pictures of kept numbers
 PICTURES = dict(  # of a table: x, labels of the axes, lines, title with numbers of the last row
     training=("done", "pass of Phase 1", "", dict(
         loss="loss per word", change="mean change of a context by the pass",
@@ -899,8 +902,7 @@ def plot(o):
         o.rows.append(dict(zip(("done", *names), row), table="training"))
     o.plot.mkdir(parents=True, exist_ok=True)
     for table, (x, xlabel, ylabel, lines, title) in PICTURES.items():
-        rows = [row for row in o.rows if row["table"] == table and not row.get("quick")
-                and row.get("preset", "medium") == "medium"]
+        rows = [r for r in o.rows if r["table"] == table and r.get("preset") in (None, "medium")]
         _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         for name, label in lines.items():
             points = sorted((row[x], row[name]) for row in rows if name in row)
@@ -914,14 +916,12 @@ def script():
     parser = argparse.ArgumentParser(allow_abbrev=False, description="The benchmark, unless "
         "something else is asked. Options of newllm.py change the settings of what is trained.")
     add, many = parser.add_argument, dict(nargs="+")
-    add("--quick", action="store_true", help="the benchmark in under a minute")
     add("--ask", nargs=2, metavar=("CHECKPOINT", "FILE"), help="questions with known answers")
     add("--wordings", nargs="*", metavar="FILE", help="models trained by heart on the first file "
         "are asked the second's questions; without files: the shipped ones")
     add("--compare", metavar="FILE", help="models of the same size on new text")
     add("--original", nargs="?", const=newllm.SHIPPED, metavar="FILE", help="the original, too")
     add("--plot", type=Path, metavar="FOLDER", help="pictures of rows that --json kept")
-    add("--show-data", metavar="FILE", help="three dialogues as the model reads them")
     add("--models", **many, choices=KINDS, metavar="MODEL", help=f"of {', '.join(KINDS)}")
     add("--tokens", type=int, default=60_000, help="to train on")
     add("--dropouts", **many, type=float, default=[0.3, 0.5], help="to choose from")
@@ -940,7 +940,7 @@ def script():
         kept = [json.loads(Path(path).read_text()) for path in o.json if Path(path).exists()]
         o.machines = sorted({now}.union(*(file["machines"] for file in kept)))
         o.rows = [row for file in kept for row in file["rows"]]
-        tasks = [task for task in (ask, wordings, compare, original, plot, show_data)
+        tasks = [task for task in (ask, wordings, compare, original, plot)
                  if getattr(o, task.__name__) is not None]
         for task in tasks or [benchmark]:
             print(f"\n{task.__doc__}\n{now}")
