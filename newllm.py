@@ -237,8 +237,8 @@ def scan(f, b):
         k *= 2
     return b
 
-# The solver. 4,096 tokens are 64 chunks of 64. If the state before each were known, all could be
-# walked side by side, in 64 steps. So guess these starts, walk, and compare: chunk j ends in one
+# The solver. 4,096 tokens are 128 chunks of 32. If the state before each were known, all could be
+# walked side by side, in 32 steps. So guess these starts, walk, and compare: chunk j ends in one
 # state, chunk j + 1 was guessed to start from another. As s_t = f * s_{t-1} + ..., moving a start
 # moves the end of its chunk by about `kept`, the product of f, times as much, and so on: a linear
 # recurrence, which scan() adds up for all starts. After some sweeps each chunk starts where the one
@@ -266,7 +266,7 @@ def solve(cell, u, s0):
     """u (B, T, ...), s0 (B, C) -> walk()'s states (B, T, C); number of sweeps, 0 if it walked.
     Autograd records the last sweeps: they shrink the gradient's error as they do the states'."""
     (B, T, D), C = u.shape, s0.shape[1]
-    L = 16 if u.is_cuda else max(16, math.isqrt(T))  # on a GPU each step costs
+    L = 16 if u.is_cuda else max(16, math.isqrt(T) // 2)  # on a GPU each step costs
     chunks = F.pad(u, (0, 0, 0, -T % L)).reshape(-1, L, D)  # (B * n, L, D)
     n = len(chunks) // B
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in (u, s0, *cell.parameters()))
