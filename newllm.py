@@ -64,7 +64,7 @@ class Config:
     seed: int = option(42, "seed of all random numbers", least=0)
     device: str = option("auto", "cuda, mps, cpu; auto takes the fastest")
     out: str = option("checkpoints", "folder for checkpoints")
-    cache: str = option("cache", "folder for downloaded dialogues")
+    cache: str = option("cache", "folder for downloads")
     resume: bool = option(False, "go on with the run in --out")
     def __post_init__(self):
         for f in fields(self):
@@ -85,7 +85,7 @@ PRESETS = {  # what it is for, what it changes
 # --- 2. Data: dialogues become token ids, and a mask of what to learn ---
 UNK, IM_START, IM_END = 0, 1, 2  # special tokens; tiktoken's numbers for them:
 SPECIAL = {"<unk>": 50256, "<|im_start|>": 50257, "<|im_end|>": 50258}
-EVERY = [*SPECIAL.values(), *range(50256)]  # of each id; load() drops many
+EVERY = [*SPECIAL.values(), *range(50256)]  # load() drops many
 
 @dataclass
 class Dialogue:
@@ -101,8 +101,7 @@ class Tokenizer:
             gpt2 = tiktoken.get_encoding("r50k_base")
         self.gpt2 = tiktoken.Encoding("chatml", pat_str=gpt2._pat_str, special_tokens=SPECIAL,
                                       mergeable_ranks=gpt2._mergeable_ranks)
-        self.vocab = vocab
-        self.id_of = {number: i for i, number in enumerate(vocab)}
+        self.vocab, self.id_of = vocab, {number: i for i, number in enumerate(vocab)}
     def encode(self, text):  # a typed <|im_end|> becomes ordinary tokens
         return [self.id_of.get(number, UNK) for number in self.gpt2.encode_ordinary(text)]
     def decode(self, ids) -> str:
@@ -373,7 +372,7 @@ RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of this process
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # how many there are
 
 class Phase:
-    """What both phases share: they add name, about, the names of figures, and loss()."""
+    """What both phases share: they add name, about, names of figures, loss()."""
     def __init__(self, model, train, val, passes, rate):
         config = self.config = model.config
         self.model, self.passes, self.device = model, passes, model.vocab.device
@@ -385,8 +384,9 @@ class Phase:
         rates = [rate * (TABLE_RATE if p.shape == table else 1) for p in self.learns]
         groups = [dict(params=[p], weight_decay=decay * (p.dim() > 1)) for p in self.learns]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.tokens = min(config.batch_tokens, max(128, sum(len(d.ids) for d in train) // 10))
-        steps = passes * len(batches_of(train, self.tokens)) + 1  # at least ten a pass
+        few = sum(len(d.ids) for d in train) // (10 if config.hold_out else 80)  # of a small text
+        self.tokens = min(config.batch_tokens, max(64, few))
+        steps = passes * len(batches_of(train, self.tokens)) + 1
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm up, then fall
             self.optimizer, rates, steps, pct_start=min(0.3, 10 / steps), cycle_momentum=False)
         self.parts = (model, self.optimizer, self.schedule)
