@@ -643,7 +643,7 @@ def parse(argv) -> Config:
             kind = dict(action=argparse.BooleanOptionalAction)
         help = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
-    typed = vars(parser.parse_args(argv))  # SUPPRESS: only what was typed
+    typed = vars(parser.parse_args(argv))  # only what was typed
     preset = typed.pop("preset")
     if typed.get("resume"):
         others = [preset or "", *typed.keys() - {"resume", "out", "cache", "device"}]
