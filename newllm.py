@@ -1,8 +1,8 @@
 """New-LLM: a language model without attention, in one file that reads from top to bottom.
 
 The model reads token by token. All it remembers is one vector of fixed size, the state: each token
-updates it, and the next word is predicted from both. Training has two phases: Phase 1 learns to
-update the state (context block), Phase 2 to speak (token block).
+updates it, and the next word is predicted from both. Phase 1 trains the context block, with the
+help of the token block, to update the state. Phase 2 trains the token block alone, to speak.
 
     python newllm.py --small            learn ten dialogues by heart, in seconds
     python newllm.py --data mine.jsonl  learn your own dialogues by heart
@@ -48,7 +48,7 @@ class Config:
     samples: int = option(0, "dialogues to read; 0 for all", least=0)
     max_len: int = option(512, "cut dialogues after this many tokens", least=2)
     hold_out: bool = option(False, "learn for new text, validate on every tenth dialogue")
-    embeddings: str = option("learned", "auto: gpt2's, if online", choices="learned gpt2 auto")
+    embeddings: str = option("learned", "auto: gpt2's, if there", choices="learned gpt2 auto")
     embed_dim: int = option(256, "E, size of learned embeddings", least=2)
     num_layers: int = option(1, "hidden layers of the context block", least=1)
     context_dim: int = option(128, "C, size of the state", least=2)
@@ -56,7 +56,7 @@ class Config:
     token_input_all_layers: bool = option(False, "feed the token to every hidden layer")
     dropout: float = option(0.0, "share of both blocks' inputs to drop", least=0, most=0.95)
     solver: str = option("auto", "auto: the faster one", choices="auto parallel sequential")
-    iterations: int = option(40, "most passes of Phase 1; 0 skips it", least=0)
+    iterations: int = option(40, "passes of Phase 1 at most; 0 skips it", least=0)
     epochs: int = option(10, "passes of Phase 2", least=1)
     learning_rate: float = option(3e-3, "highest learning rate", least=1e-9)
     batch_tokens: int = option(64, "tokens per optimizer step", least=1)
@@ -64,7 +64,7 @@ class Config:
     seed: int = option(42, "seed of all random numbers", least=0)
     device: str = option("auto", "cuda, mps, cpu; auto takes the fastest")
     out: str = option("checkpoints", "folder for checkpoints")
-    cache: str = option("cache", "folder for downloads")
+    cache: str = option("cache", "folder for datasets")
     resume: bool = option(False, "go on with the run in --out")
     def __post_init__(self):
         for f in fields(self):
@@ -83,9 +83,9 @@ PRESETS = {  # what it is for, what it changes
         learning_rate=2e-3, batch_tokens=2048))}
 
 # --- 2. Data: dialogues become token ids, and a mask of what to learn ---
-UNK, IM_START, IM_END = 0, 1, 2  # special tokens; tiktoken's numbers for them:
+UNK, IM_START, IM_END = 0, 1, 2  # our ids; tiktoken's numbers for them:
 SPECIAL = {"<unk>": 50256, "<|im_start|>": 50257, "<|im_end|>": 50258}
-EVERY = [*SPECIAL.values(), *range(50256)]  # load() drops many
+EVERY = [*SPECIAL.values(), *range(50256)]  # the number of an id
 
 @dataclass
 class Dialogue:
@@ -130,7 +130,7 @@ def normalised(text):
 def is_text(name):
     return Path(name).suffix.lower() in (".txt", ".text", ".md")
 def is_file(name):
-    return is_text(name) or Path(name).suffix.lower() in (".jsonl", ".json") or Path(name).exists()
+    return is_text(name) or Path(name).suffix.lower() in (".jsonl", ".json") or Path(name).is_file()
 
 def read(name, split, samples, config) -> list[Dialogue]:
     """The first `samples` dialogues of a file or a dataset, 0 for all."""
@@ -171,10 +171,10 @@ def load(config) -> tuple[list[Dialogue], list[Dialogue], list[int]]:
         val = read(config.val_data, "test", math.ceil(config.samples / 10), config)
     elif config.hold_out:
         val = train[9::10] or train[-1:]
-    held_out = {tuple(d.ids.tolist()) for d in val}
-    train = [d for d in train if tuple(d.ids.tolist()) not in held_out]
+    held_out = {tuple(d.ids[:size].tolist()) for d in val}
+    train = [d for d in train if tuple(d.ids[:size].tolist()) not in held_out]
     used = sorted({UNK, IM_START, IM_END}.union(*(d.ids[:size].tolist() for d in train)))
-    new_id = torch.zeros(len(EVERY)).long()  # UNK for all that is not used
+    new_id = torch.zeros(len(EVERY)).long()  # UNK for what is not used
     new_id[used] = torch.arange(len(used))
     total, cut = len(train + val), sum(len(d.ids) > size for d in train + val)
     for d in train + val:
@@ -184,7 +184,7 @@ def load(config) -> tuple[list[Dialogue], list[Dialogue], list[int]]:
     tokens = sum(len(d.ids) for d in train)
     print(f"data: {len(train)} dialogues, {tokens:,} tokens, V={len(used)}; {len(val)} held out; "
           f"{cut} cut, {total - len(train + val)} without an answer left out")
-    if not train or held_out and not val:
+    if not train or not val and (config.val_data or config.hold_out):
         raise UserError(f"{config.data}: too few answers; see --samples, --max-len, --val-data")
     return train, val, [EVERY[i] for i in used]
 
@@ -230,7 +230,7 @@ def context(s):
 def scan(f, b):
     """y_t = f_t * y_{t-1} + b_t, y_0 = 0, of (B, T, C) in log2(T) steps (Hillis & Steele 1986)."""
     k = 1
-    while k < f.shape[1]:  # b_t: what the last k steps make of 0
+    while k < f.shape[1]:  # b_t: the last k steps, begun at 0
         b = torch.addcmul(b, f, F.pad(b, (0, 0, k, -k)))
         f = f * F.pad(f, (0, 0, k, -k), value=1)
         k *= 2
@@ -239,11 +239,11 @@ def scan(f, b):
 # The solver. 4,096 tokens are 128 chunks of 32. If the state before each were known, all could be
 # walked side by side, in 32 steps. So guess these starts, walk, and compare: chunk j ends in one
 # state, chunk j + 1 was guessed to start from another. As s_t = f * s_{t-1} + ..., moving a start
-# moves the end of its chunk by about `kept`, the product of f, times as much, and so on: a linear
+# by m moves the end of its chunk by about kept * m (kept: the product of f), and so on: a linear
 # recurrence, which scan() adds up for all starts. After some sweeps each chunk starts where the one
 # before it ends. (Parareal, Lions et al. 2001; quasi-Newton's correction: DEER, Lim et al. 2024.)
 TOLERANCE = 5e-5  # starts have settled when a sweep moves them by less, relative to their spread
-RECORDED = 3      # sweeps that autograd records, or more: from an error of 0.05 until settled
+RECORDED = 3      # sweeps to record at least: all from an error of 0.05 on
 MAX_SWEEPS = 30   # after so many, the tokens are walked
 
 def sweep(cell, chunks, s0, starts):
@@ -256,16 +256,16 @@ def sweep(cell, chunks, s0, starts):
 
 def extrapolate(old, new):
     """Pairs of (guesses, the change that led there), each (B, n - 1, C). If a sweep leaves a share
-    r of an error, r / (1 - r) of the last move is yet to come, here -gamma (Anderson 1965)."""
-    diff = new[1] - old[1]
+    r of an error, r / (1 - r) of the last move is yet to come, here gamma (Anderson 1965)."""
+    diff = old[1] - new[1]
     gamma = (diff * new[1]).sum((1, 2), True) / diff.square().sum((1, 2), True).clamp(1e-30)
-    return new[0] - gamma.detach() * (new[0] - old[0])
+    return new[0] + gamma.detach() * (new[0] - old[0])
 
 def solve(cell, u, s0):
     """u (B, T, ...), s0 (B, C) -> walk()'s states (B, T, C); number of sweeps, 0 if it walked.
-    Autograd records the last sweeps: they shrink the gradient's error as they do the states'."""
+    Autograd sees the last sweeps only: each shrinks the gradient's error like the states'."""
     (B, T, D), C = u.shape, s0.shape[1]
-    L = 16 if u.is_cuda else max(16, math.isqrt(T) // 2)  # on a GPU each step costs
+    L = 16 if u.is_cuda else max(16, math.isqrt(T) // 2)  # GPU time goes by steps
     chunks = F.pad(u, (0, 0, 0, -T % L)).reshape(-1, L, D)  # (B * n, L, D)
     n = len(chunks) // B
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in (u, s0, *cell.parameters()))
@@ -360,13 +360,13 @@ def answer(model, text, max_new_tokens=200, **sampling) -> str:
     """The answer to a message. A model of a plain text continues it."""
     tokenizer = Tokenizer(model.vocab.tolist())
     encode = tokenizer.encode if is_text(model.config.data) else tokenizer.question
-    ids = model.vocab.new_tensor([encode(text)])
+    ids = model.vocab.new_tensor([encode(text) or [UNK]])
     said = model.eval().generate(ids, max_new_tokens, **sampling)[0, ids.shape[1]:].tolist()
     return tokenizer.decode([i for i in said if i != IM_END]).strip()
 
 # --- 5. Training: one loop for both phases ---
 TABLE_RATE = 0.2  # embeddings and head learn at this share of the rate, or they overfit
-DECAY = 1.0       # weight decay, a hundred times the usual, for new text
+DECAY = 1.0       # weight decay for new text
 LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()  # by torchrun
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of this process
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # how many there are
@@ -380,8 +380,8 @@ class Phase:
         self.train, self.val, self.fits = train, val, tokens_that_fit(model)
         self.progress = dict(done=0, steps=0, converged=0, over=False)
         self.learns = [p for p in model.parameters() if p.requires_grad]
-        table, decay = model.embed.weight.shape, DECAY if config.hold_out else 0.01
-        rates = [rate * (TABLE_RATE if p.shape == table else 1) for p in self.learns]
+        tables, decay = (model.embed.weight, model.head), DECAY if config.hold_out else 0.01
+        rates = [rate * TABLE_RATE if any(p is t for t in tables) else rate for p in self.learns]
         groups = [dict(params=[p], weight_decay=decay * (p.dim() > 1)) for p in self.learns]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         few = sum(len(d.ids) for d in train) // (10 if config.hold_out else 80)  # of a small text
@@ -391,7 +391,7 @@ class Phase:
             self.optimizer, rates, steps, pct_start=min(0.3, 10 / steps), cycle_momentum=False)
         self.parts = (model, self.optimizer, self.schedule)
         for d in train:
-            d.states = None  # an earlier phase made them before its last steps
+            d.states = None  # stale: Phase 1 still learned
         print(f"\n{self.name}: {self.about}; perplexity, e^loss")
     def fit(self, key, saved):
         """Train. `key` stands for the data, `saved` is a training.pt to go on from."""
@@ -433,8 +433,9 @@ class Phase:
         figures = dict(zip(self.names, (sums[1:] / sums[0]).tolist()))
         return figures | dict(perplexity=math.exp(min(figures["loss"], 99)))
     def step(self, batch):
-        """The sums of a batch, in parts that fit; an optimizer step, when learning."""
+        """Sums of a batch, longest last, in parts that fit; when learning, a step."""
         mine, longest, sums = batch[RANK::WORLD], len(batch[-1].ids), None
+        torch.manual_seed(self.config.seed + self.progress["steps"] * WORLD + RANK)  # for --resume
         while sums is None:
             size = max(1, min(self.fits // longest, len(mine)))
             try:
@@ -464,7 +465,6 @@ class Phase:
         return sums
     def compute(self, part):
         """The sums of some dialogues; when learning, their gradient is added."""
-        torch.manual_seed(self.config.seed + self.progress["steps"])  # also after --resume
         ids = pad_sequence([d.ids for d in part], True).to(self.device)  # filled up with UNK
         mask = pad_sequence([d.mask for d in part], True).to(self.device)  # and False
         stored = self.model.training and all(d.states is not None for d in part)
@@ -486,7 +486,7 @@ def batches_of(dialogues, tokens) -> list[list[Dialogue]]:
     return batches
 
 def tokens_that_fit(model) -> int:
-    """On a GPU half of its free memory by what a token takes: cell, three rows of scores."""
+    """On a GPU half the free memory over a token's bytes: cell, three rows of scores."""
     if model.vocab.device.type != "cuda":
         return 8192
     cell = model.config.num_layers * model.config.hidden_dim + 2 * model.config.context_dim
@@ -497,19 +497,19 @@ def tokens_that_fit(model) -> int:
 DIVERSITY = 0.9   # w, the weight of diversity in the loss
 CONVERGED = 0.01  # a context has converged when its mean squared change is below this
 ENOUGH = 0.95     # Phase 1 ends when so many contexts have converged
-USER = 0.1        # weight of a user's word, which nobody has to say, if learned by heart
+USER = 0.1        # by heart, weight of words not the assistant's
 
 class Phase1(Phase):
     """loss = (1 - w) CVFP + w diversity. CVFP (context vector fixed point) is the mean squared
-    change of a context since the last pass: contexts settle. Diversity asks each to tell the next
-    word from all others: contexts spread out (Wang & Isola 2020)."""
-    name, names, last = "Phase 1", ("loss",), None  # contexts after the last pass
-    about = f"loss per word; change of contexts by a pass, share converged to below {CONVERGED}"
+    change of a context since the last pass: contexts settle. Diversity, a cross entropy, asks each
+    to tell the next word from all others: contexts spread out (Wang & Isola 2020)."""
+    name, names, last = "Phase 1", ("loss",), None  # last: contexts a pass ago
+    about = f"loss (diversity) per word; change of contexts, share of changes below {CONVERGED}"
     def loss(self, ids, mask, before):
         """ids, mask (B, T), the last pass's states or None -> what to minimise; number of words
         and sums over them of the figures `names`; states (B, T, C)."""
         states = self.model.states(ids)
-        at = ids[:, 1:] != UNK  # each context but the last predicts the next token
+        at = ids[:, 1:] != UNK  # each context predicts the next token
         weight = torch.where(mask[:, 1:][at], 1.0, 1.0 if self.config.hold_out else USER)
         table = self.model.embed.weight  # weight tying, whatever Phase 2 does
         scores = self.model.logits(states[:, :-1][at], ids[:, :-1][at], table)
@@ -551,7 +551,7 @@ HOLES = 0.2  # share of words to hide, for new text
 
 class Phase2(Phase):
     """Cross entropy of the assistant's words, from kept contexts of the frozen context block. New
-    text is harder to follow: for its sake they are made anew each pass, with other words hidden."""
+    text is harder to follow: with hold_out they are made anew, with other words hidden."""
     name, names = "Phase 2", ("loss", "right")
     about = "loss per word of the assistant, share of these words that are right"
     def loss(self, ids, mask, before):
@@ -649,9 +649,9 @@ def parse(argv) -> Config:
         others = [preset or "", *typed.keys() - {"resume", "out", "cache", "device"}]
         if any(others):
             complain(f"--resume takes the settings of its run; leave out {flag(max(others))}")
-        saved = read_checkpoint(Path(Config(**typed).out, "training.pt"))
-        return Config(**saved["config"] | typed)
-    if "data" in typed and is_file(typed["data"]):  # read to its end, without a network
+        out = Config(**typed).out
+        return Config(**read_checkpoint(Path(out, "training.pt"))["config"] | typed | dict(out=out))
+    if "data" in typed and is_file(typed["data"]):  # read whole, without a network
         typed = dict(samples=0, embeddings="learned") | typed
         preset = preset or "medium"
     return Config(**PRESETS[preset or "small"][1] | typed)
@@ -709,7 +709,7 @@ def main(argv=None) -> NewLLM | None:
         sys.stdout = open(os.devnull, "w")  # the first one speaks
     start = time.perf_counter()
     torch.set_flush_denormal(True)  # numbers near 1e-40 are slow
-    with as_program("newllm.py", "interrupted; once Phase 1 has begun, --resume goes on"):
+    with as_program("newllm.py", "interrupted; once training has begun, --resume goes on"):
         config = parse(argv)
         model = train_model(config)
         print(f"\ndone in {time.perf_counter() - start:.0f} s; now python chat.py --checkpoint "

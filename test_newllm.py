@@ -243,9 +243,10 @@ def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(
     run(f"{TINY} {mode} --out whole")
     interrupt(monkeypatch, phase, at)
     run(f"{TINY} {mode} --out parts", 130)
-    said = run("--resume --out parts")
+    os.rename("parts", "moved")
+    said = run("--resume --out moved")
     assert len(figures(said)) == left and (phase == "Phase 2") == (not figures(said, 1))
-    a, b = (read_checkpoint(Path(out, "training.pt")) for out in ("whole", "parts"))
+    a, b = (read_checkpoint(Path(out, "training.pt")) for out in ("whole", "moved"))
     assert a["progress"] == b["progress"] and a["progress"]["done"] == 3
     assert all(torch.equal(t, b["NewLLM"][k]) for k, t in a["NewLLM"].items())
 
@@ -344,8 +345,8 @@ BAD_FILES = {
     "": "too few answers"}
 BAD_OPTIONS = {
     "--data nowhere.jsonl": "nowhere.jsonl", "--data ..": "..", "--data x.jsonl": "x.jsonl",
-    "--data=": "cannot read .", "--data good.jsonl --hold-out": "too few answers",
-    "--val-data nowhere.txt": "nowhere.txt", "--data empty.txt": "too few answers",
+    "--data=": "cannot read dataset", "--data good.jsonl --hold-out": "too few answers",
+    "--val-data nowhere.txt": "nowhere.txt", "--val-data empty.jsonl": "too few answers",
     f"{TINY} --out good.jsonl/x": "cannot write", "--device cuda:99": "is not there",
     "--device cpu:x": "--device cpu:x", "--hidden-dim many": "invalid int value: 'many'",
     "--context-dim=-4": "--context-dim -4", "--learning-rate nan": "--learning-rate nan",
@@ -361,7 +362,7 @@ BAD_OPTIONS = {
 def test_bad_options_and_files_get_one_line_that_names_the_place(options, want, content):
     Path("bad.jsonl").write_bytes(content.encode("utf-8", "surrogateescape"))
     Path("good.jsonl").write_text(GOOD)
-    Path("empty.txt").write_text("")
+    Path("empty.jsonl").touch()
     Path("x.jsonl").mkdir()
     one_line(want, options)
 
@@ -484,7 +485,8 @@ def test_a_model_of_a_plain_text_continues_it():
     Path("five.txt").write_text("Roses are red\nViolets are blue\nSugar is sweet\n" * 5)
     run(f"{TINY} --data five.txt --iterations 40 --epochs 9 --batch-tokens 32")
     Path("checkpoints/training.pt").unlink()  # chat.py has no need of it
-    assert answer(chat.open_model("checkpoints")[0], "Violets are", 1) == "blue"
+    model = chat.open_model("checkpoints")[0]
+    assert answer(model, "Violets are", 1) == "blue" and answer(model, "", 1) != ""
     assert run("--prompt 'Violets are' --max-new-tokens 1", program=chat).split() == ["blue", "..."]
 
 def test_without_a_model_chat_says_how_to_make_one():
@@ -900,7 +902,7 @@ def plot(o):
     o.rows = [row for row in o.rows if row["table"] != "training"]
     for row in zip(itertools.count(1), *(figures(said, 1, name) for name in names)):
         o.rows.append(dict(zip(("done", *names), row), table="training"))
-    o.plot.mkdir(parents=True, exist_ok=True)
+    write_rows(o, o.plot / "measured.json")
     for table, (x, xlabel, ylabel, lines, title) in PICTURES.items():
         rows = [r for r in o.rows if r["table"] == table and r.get("preset") in (None, "medium")]
         _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -910,15 +912,13 @@ def plot(o):
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title.format(**rows[-1]))
         axes.legend()
         axes.figure.savefig(o.plot / f"{table}.png")
-    write_rows(o, o.plot / "measured.json")
 
 def script():
     parser = argparse.ArgumentParser(allow_abbrev=False, description="The benchmark, unless "
         "something else is asked. Options of newllm.py change the settings of what is trained.")
     add, many = parser.add_argument, dict(nargs="+")
     add("--ask", nargs=2, metavar=("CHECKPOINT", "FILE"), help="questions with known answers")
-    add("--wordings", nargs="*", metavar="FILE", help="models trained by heart on the first file "
-        "are asked the second's questions; without files: the shipped ones")
+    add("--wordings", nargs="*", metavar="FILE", help="learn a file by heart, ask those of another")
     add("--compare", metavar="FILE", help="models of the same size on new text")
     add("--original", nargs="?", const=newllm.SHIPPED, metavar="FILE", help="the original, too")
     add("--plot", type=Path, metavar="FOLDER", help="pictures of rows that --json kept")
