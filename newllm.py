@@ -384,7 +384,7 @@ class Phase:
         rates = [rate * TABLE_RATE if any(p is t for t in tables) else rate for p in self.learns]
         groups = [dict(params=[p], weight_decay=decay * (p.dim() > 1)) for p in self.learns]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        few = sum(len(d.ids) for d in train) // (10 if config.hold_out else 80)  # of a small text
+        few = sum(len(d.ids) for d in train) // (10 if config.hold_out else 80)  # steps a pass
         self.tokens = min(config.batch_tokens, max(64, few))
         steps = passes * len(batches_of(train, self.tokens)) + 1
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm up, then fall
@@ -396,7 +396,7 @@ class Phase:
     def fit(self, key, saved):
         """Train. `key` stands for the data, `saved` is a training.pt to go on from."""
         if saved:
-            self.progress = saved["progress"]
+            self.progress |= saved["progress"]
             for part in self.parts:
                 part.load_state_dict(saved[type(part).__name__])
             for d, states in zip(self.train, saved["states"]):
