@@ -783,15 +783,15 @@ def jacobi(o, parts, vocab, config):
     optimizer = torch.optim.AdamW(model.cell.parameters(), 2e-3)
     ids = nn.utils.rnn.pad_sequence([d.ids for d in parts[0]], True).to(o.device)
     at, converged, iterations = ids != UNK, 0.0, 0
-    states, x = model.eval().states(ids).detach(), model.embedded(ids).detach()
+    states, x = model.eval().states(ids).detach(), model.embedded(ids)[at].detach()
     while iterations < 2 or converged < newllm.ENOUGH and iterations < 300:
-        new = model.cell(model.cell.token_in(x), F.pad(states[:, :-1], (0, 0, 1, 0)))[0]
+        new = model.cell(model.cell.token_in(x), F.pad(states[:, :-1], (0, 0, 1, 0))[at])[0]
         optimizer.zero_grad()
-        original_loss(new[at], states[at]).backward()
+        original_loss(new, states[at]).backward()
         optimizer.step()
-        change = (new - states)[at].pow(2).mean(-1)
+        change = (new - states[at]).pow(2).mean(-1)
         converged = (change < newllm.CONVERGED).float().mean().item()
-        states, iterations = new.detach(), iterations + 1
+        states[at], iterations = new.detach(), iterations + 1
     with torch.no_grad():
         distance = (states - model.states(ids))[at].pow(2).mean().item()
     cached = [s[:len(d.ids)] for s, d in zip(states.cpu(), parts[0])]
