@@ -524,15 +524,15 @@ class OtherCell(Cell):
     """The original has an input gate of its own and LayerNorm in the loop. Or one of them."""
     def __init__(self, config, kind):
         super().__init__(config)
-        self.gated, self.normed = kind != "LayerNorm", kind != "input-gate"
-        self.gates = nn.Linear(config.hidden_dim, (2 + self.gated) * config.context_dim)
+        self.own, self.normed, ours = kind != "LayerNorm", kind != "input-gate", self.gates.bias
+        self.gates = nn.Linear(config.hidden_dim, (2 + self.own) * config.context_dim)
         if kind != "original":
-            self.gates.bias.data[:config.context_dim] = torch.linspace(-1, 4, config.context_dim)
+            self.gates.bias.data[:config.context_dim] = ours.data[:config.context_dim]
     def forward(self, u, s):
         a = F.silu(u + self.state_in(s))
         for layer in self.hidden:
             a = a + F.silu(layer(a))
-        f, d, *own = torch.sigmoid(self.gates(a)).chunk(2 + self.gated, -1)
+        f, d, *own = torch.sigmoid(self.gates(a)).chunk(2 + self.own, -1)
         s = f * s + (own[0] if own else 1 - f) * (2 * d - 1)
         return (context(s) if self.normed else s), f
 
@@ -615,9 +615,9 @@ def original_loss(c, before):
 class Original1(Phase1):
     """With the original's loss, which looks at no word, on our cell's exact contexts."""
     def loss(self, ids, mask, before):
-        _, sums, states = super().loss(ids, mask, before)
-        old = states.detach() if before is None else before
-        return original_loss(*(context(s)[ids != UNK] for s in (states, old))) * sums[0], sums, states
+        _, sums, new = super().loss(ids, mask, before)
+        old = new.detach() if before is None else before
+        return original_loss(*(context(s)[ids != UNK] for s in (new, old))) * sums[0], sums, new
 
 def learn(kind, model, train, val, cached=()):
     """Both phases as in newllm.py, or a baseline's only one. Returns the last, and what it took."""
@@ -635,7 +635,7 @@ def learn(kind, model, train, val, cached=()):
             if passes:
                 phase = which(model, train, val, passes, config.learning_rate)
                 for d, states in zip(train, cached):
-                    d.states, phase.keeps = states, True
+                    d.states, phase.keep = states, True
                 phase.fit(0, None)
                 seen += phase.progress["done"] * sum(len(d.ids) for d in train)
     return phase, dict(seconds=time.perf_counter() - start, seen=seen)
@@ -868,8 +868,8 @@ def memory_row(model, text, position):
     return dict(ours=ours, state=state.nbytes, cache=2 * 2 * position * model.config.embed_dim * 4)
 
 def benchmark(o):
-    """Trained cells read real text: ms for T tokens (back: with backward) by the loop, the solver, a
-    GRU of as many products; error and cosine to the loop's in float64; tokens/s; bytes carried on"""
+    """Trained cells read real text: ms for T tokens (back: with backward) by the loop, the solver,
+    a GRU of as many products; error and cosine to the loop's in float64; tokens/s; bytes carried"""
     for name in ("small", "medium", "large"):
         model, text = practised(o, name)
         key = dict(preset=name, threads=torch.get_num_threads())
