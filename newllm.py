@@ -677,7 +677,8 @@ def train_model(config) -> NewLLM:
             model.head.data.copy_(model.embed.weight)
     model.cell.requires_grad_(config.joint)
     model.embed.requires_grad_(config.joint and config.embeddings == "learned")
-    Phase2(model, train, val, config.epochs, config.learning_rate).fit(key, saved)
+    rate = config.learning_rate * (0.2 if config.iterations else 1)  # gently after Phase 1
+    Phase2(model, train, val, config.epochs, rate).fit(key, saved)
     return model.eval()
 
 @contextlib.contextmanager
@@ -710,10 +711,9 @@ def main(argv=None) -> NewLLM | None:
     start = time.perf_counter()
     torch.set_flush_denormal(True)  # numbers near 1e-40 are slow
     with as_program("newllm.py", "interrupted; once training has begun, --resume goes on"):
-        config = parse(argv)
-        model = train_model(config)
+        model = train_model(parse(argv))
         print(f"\ndone in {time.perf_counter() - start:.0f} s; now python chat.py --checkpoint "
-              f"{config.out}\n\nYou: hello\nNew-LLM: {answer(model, 'hello', 20)}")
+              f"{model.config.out}\n\nYou: hello\nNew-LLM: {answer(model, 'hello', 20)}")
         return model
 
 if __name__ == "__main__":
