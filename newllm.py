@@ -34,7 +34,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path()  # a noteboo
 SHIPPED = str(HERE / "data/chats.jsonl") if (HERE / "data/chats.jsonl").exists() else "ultrachat"
 
 class UserError(ValueError):
-    """What the user can fix: printed as one line, without a traceback."""
+    """What the user can fix: printed in one line, no traceback."""
 def flag(name):
     return "--" + name.replace("_", "-")
 def option(default, help, least=None, most=2 ** 31, choices=""):
@@ -150,7 +150,7 @@ def read(name, split, samples, config) -> list[Dialogue]:
     return dialogues
 
 def download(name, split, samples, cache) -> Path:
-    """The first dialogues of a dataset on the hub, as a file in the cache."""
+    """The first dialogues of a dataset of the hub, as a cached file."""
     if name == "ultrachat":
         name, split = "HuggingFaceH4/ultrachat_200k", f"{split}_sft"
     path = Path(cache, f"{name.replace('/', '--')}-{split}-{samples or 'all'}.jsonl")
@@ -205,7 +205,7 @@ class Cell(nn.Module):
         longest = 4 if config.hold_out else 8
         self.gates.bias.data = torch.cat((torch.linspace(-1, longest, C), torch.zeros(C)))
     def forward(self, u, s):
-        """u (B, H or H * num_layers), s (B, C) -> the next state (B, C), the forget gate (B, C)."""
+        """u (B, H or H * num_layers), s (B, C) -> next state and forget gate, both (B, C)."""
         first, *others = u.split(self.state_in.out_features, dim=-1)
         a = F.silu(torch.addmm(first, s, self.state_in.weight.t()))
         for k, layer in enumerate(self.hidden):  # residual, or depth would not learn
@@ -241,7 +241,7 @@ def scan(f, b):
 # state, chunk j + 1 was guessed to start from another. As s_t = f * s_{t-1} + ..., moving a start
 # by m moves the end of its chunk by about kept * m (kept: the product of f), and so on: a linear
 # recurrence, which scan() adds up for all starts. After some sweeps each chunk starts where the one
-# before it ends. (Parareal, Lions et al. 2001; quasi-Newton's correction: DEER, Lim et al. 2024.)
+# before it ends. (Parareal, Lions et al. 2001; quasi-Newton: DEER, Lim et al. 2024.)
 TOLERANCE = 5e-5  # starts have settled when a sweep moves them by less, relative to their spread
 RECORDED = 3      # sweeps to record at least: all from an error of 0.05 on
 MAX_SWEEPS = 30   # after so many, the tokens are walked
@@ -567,7 +567,7 @@ class Phase2(Phase):
 # --- 8. Files, GPT-2's embeddings, the command line, main ---
 @contextlib.contextmanager
 def explained(what, way_out):
-    """Turns what goes wrong into a UserError: what failed, why, and the way out."""
+    """Turns what goes wrong into a UserError: what failed, why, the way out."""
     try:
         yield
     except Exception as e:  # networks, files and disks raise anything
@@ -630,7 +630,7 @@ def make_model(config, vocab) -> NewLLM:
 def parse(argv) -> Config:
     """The command line as a Config: defaults, a preset, then what is typed."""
     def complain(message):
-        raise UserError(f"{message} (python newllm.py --help lists the options)")
+        raise UserError(f"{message} (see python newllm.py --help)")
     parser = argparse.ArgumentParser("newllm.py", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = complain
@@ -677,7 +677,7 @@ def train_model(config) -> NewLLM:
             model.head.data.copy_(model.embed.weight)
     model.cell.requires_grad_(config.joint)
     model.embed.requires_grad_(config.joint and config.embeddings == "learned")
-    rate = config.learning_rate * (0.2 if config.iterations else 1)  # gently after Phase 1
+    rate = config.learning_rate / (5 if config.iterations else 1)  # gently, after Phase 1
     Phase2(model, train, val, config.epochs, rate).fit(key, saved)
     return model.eval()
 
