@@ -511,8 +511,7 @@ class Phase1(Phase):
         states = self.model.states(ids)
         at = ids[:, 1:] != UNK  # each context predicts the next token
         weight = torch.where(mask[:, 1:][at], 1.0, 1.0 if self.config.hold_out else USER)
-        table = self.model.embed.weight  # weight tying, whatever Phase 2 does
-        scores = self.model.logits(states[:, :-1][at], ids[:, :-1][at], table)
+        scores = self.model.logits(states[:, :-1][at], ids[:, :-1][at], self.model.embed.weight)
         diversity = weight @ F.cross_entropy(scores, ids[:, 1:][at], reduction="none")
         old = context(states if before is None else before)
         cvfp = weight @ (context(states) - old)[:, :-1][at].pow(2).mean(-1)
@@ -547,7 +546,8 @@ class Phase1(Phase):
             print("warning: global attractor, all contexts are alike; raise --context-dim")
 
 # --- 7. Phase 2: learn what the assistant says ---
-HOLES = 0.2  # share of words to hide, for new text
+HOLES = 0.2   # share of words to hide, for new text
+GENTLE = 0.2  # share of the rate after Phase 1, which trained the token block
 
 class Phase2(Phase):
     """Cross entropy of the assistant's words, from kept contexts of the frozen context block. New
@@ -677,7 +677,7 @@ def train_model(config) -> NewLLM:
             model.head.data.copy_(model.embed.weight)
     model.cell.requires_grad_(config.joint)
     model.embed.requires_grad_(config.joint and config.embeddings == "learned")
-    rate = config.learning_rate / (5 if config.iterations else 1)  # gently, after Phase 1
+    rate = config.learning_rate * (GENTLE if config.iterations else 1)
     Phase2(model, train, val, config.epochs, rate).fit(key, saved)
     return model.eval()
 

@@ -622,7 +622,8 @@ class Original1(Phase1):
 def learn(kind, model, train, val, cached=()):
     """Both phases as in newllm.py, or a baseline's only one. Returns the last, and what it took."""
     config, start, seen = model.config, time.perf_counter(), 0
-    first, gently = (Phase1, 0.2) if kind != "norm-diversity" and not cached else (Original1, 1)
+    first = Original1 if kind == "norm-diversity" else Phase1
+    gently = 1 if cached or first is Original1 else newllm.GENTLE  # has the token block learned?
     phases = [(first, config.iterations, 1), (Phase2, config.epochs, gently)]
     if kind in JOINT:
         phases = [(Joint, config.iterations + config.epochs, 1)]
@@ -630,8 +631,7 @@ def learn(kind, model, train, val, cached=()):
         for which, passes, share in phases:
             if which is Phase2:
                 model.head.data.copy_(model.embed.weight)
-                for frozen in (model.cell, model.embed):
-                    frozen.requires_grad_(False)
+                nn.ModuleList([model.cell, model.embed]).requires_grad_(False)
             if passes:
                 phase = which(model, train, val, passes, share * config.learning_rate)
                 for d, states in zip(train, cached):
